@@ -50,7 +50,7 @@ def is_differentiated(leaf: Any) -> bool:
 
 
 def loop_jacobian(f: Map, x: Tensor, create_graph: bool = False) -> Tensor:
-    """out.shape + x.shape, one backward pass a row; ``create_graph`` differentiates ``x`` itself."""
+    """out.shape + x.shape, row by row; ``create_graph`` differentiates ``x`` itself, not a copy."""
     point = x if create_graph else _fresh(x)
     y = f(point.clone())
     rows = [_gradient(entry, point, create_graph) for entry in y.reshape(-1)]
@@ -90,7 +90,7 @@ def loop_matrix(f: Callable, *args: Any, argnums: int | Sequence[int] = 0) -> Te
 
 
 def finite_difference_jacobian(f: Map, x: Tensor, step: float = 1e-3) -> Tensor:
-    """out.shape + x.shape: central differences at two steps, combined to an error of fourth order."""
+    """out.shape + x.shape: central differences at two steps, with an error of fourth order."""
     if x.dtype != torch.float64:
         raise TypeError(f"finite differences need float64, got {x.dtype}")
     coarse, fine = _central_differences(f, x, step), _central_differences(f, x, step / 2)
@@ -100,7 +100,7 @@ def finite_difference_jacobian(f: Map, x: Tensor, step: float = 1e-3) -> Tensor:
 def reverse_over_reverse(
     functional: Callable[[Tensor], Tensor], f: Map, x: Tensor, parameters: Iterable[Tensor] = ()
 ) -> tuple[Tensor, ...]:
-    """Gradients of the scalar ``functional(J(x))`` in ``x``, then in each parameter, zero if unused."""
+    """Gradients of the scalar ``functional(J(x))`` in ``x``, then in each parameter."""
     point, wanted = _fresh(x), tuple(parameters)
     value = functional(loop_jacobian(f, point, create_graph=True))
     return tuple(_gradient(value, target) for target in (point, *wanted))
