@@ -37,7 +37,7 @@ def rebuild(tree: Any, replacements: Iterator[Any]) -> Any:
         return next(replacements)
     children = [rebuild(child, replacements) for child in _children(tree)]
     if isinstance(tree, Mapping):
-        return type(tree)(zip(tree, children, strict=True))
+        return dict(zip(tree, children, strict=True))
     if dataclasses.is_dataclass(tree):
         names = [field.name for field in dataclasses.fields(tree)]
         return type(tree)(**dict(zip(names, children, strict=True)))
@@ -54,7 +54,7 @@ def loop_jacobian(f: Map, x: Tensor, create_graph: bool = False) -> Tensor:
     point = x if create_graph else _fresh(x)
     y = f(point.clone())
     rows = [_gradient(entry, point, create_graph) for entry in y.reshape(-1)]
-    return _stack(rows, point).reshape(*y.shape, *point.shape)
+    return _stack(rows, point).reshape((*y.shape, *point.shape))
 
 
 def loop_dense(f: Callable, *args: Any, argnums: int | Sequence[int] = 0) -> Any:
@@ -111,7 +111,7 @@ def loop_hessian(f: Map, x: Tensor) -> Tensor:
     point = _fresh(x)
     gradient = _gradient(f(point.clone()).reshape(()), point, create_graph=True)
     rows = [_gradient(entry, point) for entry in gradient.reshape(-1)]
-    return _stack(rows, point).reshape(*point.shape, *point.shape)
+    return _stack(rows, point).reshape((*point.shape, *point.shape))
 
 
 def loop_laplacian(f: Map, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def _nested_rows(y: Tensor, inputs: Any) -> Any:
         if not is_differentiated(x):
             return None
         rows = [_gradient(entry, x) for entry in y.reshape(-1)]
-        return _stack(rows, x).reshape(*y.shape, *x.shape)
+        return _stack(rows, x).reshape((*y.shape, *x.shape))
 
     return rebuild(inputs, iter([block(x) for x in leaves(inputs)]))
 
@@ -206,4 +206,4 @@ def _central_differences(f: Map, x: Tensor, step: float) -> Tensor:
         columns.append((f(base + offset).detach() - f(base - offset).detach()) / (2 * step))
     if not columns:
         return torch.zeros((*f(base.clone()).shape, *base.shape), dtype=base.dtype)
-    return torch.stack(columns, dim=-1).reshape(*columns[0].shape, *base.shape)
+    return torch.stack(columns, dim=-1).reshape((*columns[0].shape, *base.shape))
