@@ -1,0 +1,539 @@
+"""The Jacobian at a point: a lazy linear operator, and the Hessian beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pushforward import linalg
+from pushforward.boundary import Arguments, Layout
+from pushforward.errors import InputError, MemoryBudgetError, PlanError, ShapeError
+from pushforward.meter import Cost, measure
+from pushforward.operators import LinearOperator, scipy_sparse
+from pushforward.passes import Linearization
+from pushforward.plan import (
+    Plan,
+    Problem,
+    Recipe,
+    blocks,
+    cached_recipe,
+    check_memory,
+    check_quantity,
+    choose,
+    function_name,
+    store_recipe,
+    training_mode,
+)
+from pushforward.tape import Tape, record, record_gradient
+
+# Entries beyond this many bytes are not kept for the next question about the same Jacobian.
+_KEEP_BYTES = 1 << 28
+
+
+class Jacobian(LinearOperator):
+    """The Jacobian of a map at a point: lazy, exact, a linear operator.
+
+    Made by `jacobian` and by calling a `Plan`. The map is evaluated when it is made; entries are
+    computed when they are asked for. With ``batch_dim=0`` every result is per sample, batch first.
+
+    Attributes:
+        value: ``f(*args)``.
+        shape: ``(m, n)``, output scalars by input scalars (of one sample). A complex scalar counts
+            as two real ones, real part first: J is made of real 2 x 2 blocks.
+        batch: the number of samples, or None.
+        plan: the `Plan` that is followed.
+    """
+
+    def __init__(self, linear: Linearization, plan: Plan) -> None:
+        tape = linear.tape
+        super().__init__(
+            (tape.codomain.size, tape.domain.size),
+            dtype=tape.domain.dtype,
+            device=tape.domain.device,
+        )
+        self.batch = tape.domain.batch
+        self.plan = plan
+        self.value: Any = tape.value
+        self._linear = linear
+        self._kept: dict[bool, Tensor] = {}
+
+    @property
+    def _domain(self) -> Layout:
+        return self._linear.tape.domain
+
+    @property
+    def _codomain(self) -> Layout:
+        return self._linear.tape.codomain
+
+    def explain(self) -> str:
+        """The plan as a table."""
+        return str(self.plan)
+
+    def push(self, v: Tensor) -> Tensor:
+        """Multiply a block of columns: ``([B,] n, k) -> ([B,] m, k)``, J v."""
+        return self._block(self._linear.push, v, self._domain, "push expects")
+
+    def pull(self, u: Tensor) -> Tensor:
+        """Multiply by the transpose: ``([B,] m, k) -> ([B,] n, k)``, J^T u."""
+        return self._block(self._linear.pull, u, self._codomain, "pull expects")
+
+    def __matmul__(self, v: Any) -> Any:
+        """J v.
+
+        Args:
+            v: shaped like the input (a pytree too), or ([B,] n), or a block ([B,] n, k).
+
+        Returns:
+            Shaped like the output, or ([B,] m), or ([B,] m, k). A vector that has the shape of the
+            input is taken as one.
+
+        Raises:
+            ShapeError: ``v`` has none of these shapes.
+        """
+        return self._multiply(self._linear.push, v, self._domain, self._codomain, "J @ v expects v")
+
+    def _rmatmul(self, u: Any) -> Any:
+        return self._multiply(
+            self._linear.pull, u, self._codomain, self._domain, "J.T @ u expects u"
+        )
+
+    def _multiply(
+        self,
+        product: Callable[[Tensor], Tensor],
+        vector: Any,
+        source: Layout,
+        target: Layout,
+        expectation: str,
+    ) -> Any:
+        packed = source.pack(vector)
+        if packed is not None:
+            return target.unpack(self._chunked(product, packed.to(source.dtype))[0])
+        flat = (*source.lead, source.size)
+        if isinstance(vector, Tensor) and tuple(vector.shape) == flat:
+            return self._chunked(product, vector.unsqueeze(0).to(source.dtype))[0]
+        if isinstance(vector, Tensor) and tuple(vector.shape[:-1]) == flat:
+            return self._block(product, vector, source, expectation)
+        raise ShapeError(_vector_message(vector, source, expectation))
+
+    def _block(
+        self, product: Callable[[Tensor], Tensor], block: Tensor, source: Layout, expectation: str
+    ) -> Tensor:
+        if tuple(block.shape[:-1]) != (*source.lead, source.size):
+            raise ShapeError(_vector_message(block, source, expectation))
+        return self._chunked(product, block.movedim(-1, 0).to(source.dtype)).movedim(0, -1)
+
+    def _chunked(self, product: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        parts = vectors.split(max(self.plan.chunk, 1))
+        return product(vectors) if len(parts) == 1 else torch.cat([product(p) for p in parts])
+
+    def _by_columns(self) -> bool:
+        return self.plan.jvps > 0
+
+    def _ranges(self) -> Sequence[tuple[int, int]]:
+        return blocks(self.shape[1 if self._by_columns() else 0], self.plan.chunk)
+
+    def _strips(self) -> Iterator[tuple[int, Tensor]]:
+        """Strips of the matrix with the index of their first row or column, ``(k, [B,] ...)``."""
+        strip = self._linear.columns if self._by_columns() else self._linear.rows
+        for start, stop in self._ranges():
+            yield start, strip(start, stop)
+
+    def matrix(self) -> Tensor:
+        """All entries, ([B,] m, n), in the order in which the leaves are flattened.
+
+        Raises:
+            MemoryBudgetError: they do not fit in ``memory=``.
+        """
+        kept = self._kept.get(self._linear.keeps_graph)
+        return self._assemble() if kept is None else kept.clone()
+
+    def _entries(self) -> Tensor:
+        """`matrix` for the use of the methods here, computed once while it is small."""
+        if self._bytes() > _KEEP_BYTES:
+            return self._assemble()
+        key = self._linear.keeps_graph
+        if key not in self._kept:
+            self._kept[key] = self._assemble()
+        return self._kept[key]
+
+    def _bytes(self) -> int:
+        m, n = self.shape
+        return m * n * (self.batch or 1) * self.dtype.itemsize
+
+    def _assemble(self) -> Tensor:
+        self._require_room()
+        axis = -1 if self._by_columns() else -2
+        ranges = self._ranges()
+        if len(ranges) == 0:
+            return self._empty()
+        if len(ranges) == 1 or self._linear.keeps_graph:
+            strips = [strip for _, strip in self._strips()]
+            whole = strips[0] if len(strips) == 1 else torch.cat(strips)
+            return self._symmetrised(whole.movedim(0, axis))
+        result = self._empty()
+        for start, strip in self._strips():
+            result.narrow(axis, start, len(strip)).copy_(strip.movedim(0, axis))
+        return self._symmetrised(result)
+
+    def _empty(self) -> Tensor:
+        lead = () if self.batch is None else (self.batch,)
+        return torch.zeros(*lead, *self.shape, dtype=self.dtype, device=self.device)
+
+    def _symmetrised(self, matrix: Tensor) -> Tensor:
+        return matrix if self.plan.quantity != "hessian" else (matrix + matrix.mT) / 2
+
+    def _require_room(self) -> None:
+        memory = self.plan.memory
+        if memory is not None and self._bytes() > memory:
+            raise MemoryBudgetError(
+                f"memory={memory} bytes expects a result that fits, got {self._bytes()} bytes of "
+                "entries; raise it, or ask for fro_norm(), diagonal() or J @ v, which need less"
+            )
+
+    def dense(self) -> Any:
+        """All entries, ``out.shape + in.shape`` (after the batch), pytrees nested output first.
+
+        What ``torch.func.jacrev`` returns. None stands where a leaf is not differentiated. A
+        complex leaf has a last axis of two, real and imaginary part.
+
+        Cost: ``plan.passes`` passes and m n entries.
+        """
+        matrix = self.matrix()
+        rows = matrix.split([leaf.size for leaf in self._codomain.active], dim=-2)
+        grid = [row.split([leaf.size for leaf in self._domain.active], dim=-1) for row in rows]
+        return self._codomain.arrange(
+            [
+                self._domain.arrange(
+                    [
+                        block.reshape(*block.shape[:-2], *out.real_shape, *into.real_shape)
+                        for block, into in zip(blocks_of_row, self._domain.active, strict=True)
+                    ]
+                )
+                for blocks_of_row, out in zip(grid, self._codomain.active, strict=True)
+            ]
+        )
+
+    def sparse(self, layout: str = "csr") -> Any:
+        """The entries that are not zero, (m, n).
+
+        Args:
+            layout: "csr" or "coo" for a torch sparse tensor, "scipy" for a
+                ``scipy.sparse.csr_array``.
+
+        Raises:
+            InputError: another layout, or ``batch_dim=0``.
+            MissingDependencyError: scipy is not installed.
+        """
+        if layout not in ("csr", "coo", "scipy"):
+            raise InputError(f'sparse expects layout "csr", "coo" or "scipy", got {layout!r}')
+        if self.batch is not None:
+            raise InputError(
+                "sparse expects one map, got batch_dim=0; use batch_dim=None for the block-diagonal "
+                "matrix of the batch, or matrix() for one dense matrix per sample"
+            )
+        sparse = self._coo()
+        if layout == "coo":
+            return sparse
+        return sparse.to_sparse_csr() if layout == "csr" else _to_scipy_csr(sparse)
+
+    def _coo(self) -> Tensor:
+        indices, values = [], []
+        for start, strip in self._strips():
+            first, second = strip.detach().nonzero(as_tuple=True)
+            values.append(strip[first, second])
+            pair = (second, first + start) if self._by_columns() else (first + start, second)
+            indices.append(torch.stack(pair))
+        if not indices:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device).to_sparse()
+        return torch.sparse_coo_tensor(
+            torch.cat(indices, 1), torch.cat(values), self.shape, check_invariants=False
+        ).coalesce()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of a square Jacobian, ([B,] n), without keeping the rest.
+
+        Raises:
+            DimensionError: m and n differ.
+        """
+        self._require_square("diagonal")
+        parts = [
+            strip[..., start : start + len(strip)].diagonal(dim1=0, dim2=-1)
+            for start, strip in self._strips()
+        ]
+        return torch.cat(parts, dim=-1) if parts else self._empty().diagonal(dim1=-2, dim2=-1)
+
+    def fro_norm(self) -> Tensor:
+        """||J||_F, the root of the sum of the squared entries, ([B,]).
+
+        Strip by strip, so that it needs no room for all entries at once.
+        """
+        if self.plan.memory is None and self._bytes() <= _KEEP_BYTES:
+            return linalg.fro_norm(self._entries())
+        norms = [linalg.fro_norm(strip.movedim(0, -2)) for _, strip in self._strips()]
+        return linalg.fro_norm(torch.stack(norms, dim=-1).unsqueeze(-2))
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """(sign, log|det J|) of a square Jacobian, ([B,]) each; singular: sign 0 and -inf.
+
+        Raises:
+            DimensionError: m and n differ.
+        """
+        self._require_square("slogdet")
+        return linalg.slogdet(self._entries())
+
+    def logabsdet(self) -> Tensor:
+        """log|det J| of a square Jacobian, ([B,]); -inf where it is singular.
+
+        Raises:
+            DimensionError: m and n differ.
+        """
+        self._require_square("logabsdet")
+        return linalg.slogdet(self._entries())[1]
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` with the same products.
+
+        Raises:
+            InputError: ``batch_dim=0``.
+            MissingDependencyError: scipy is not installed.
+        """
+        if self.batch is not None:
+            raise InputError(
+                "to_scipy expects one map, got batch_dim=0; use batch_dim=None for the whole batch"
+            )
+        return super().to_scipy()
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        batch = "" if self.batch is None else f", {self.batch} samples"
+        name = "Hessian" if self.plan.quantity == "hessian" else "Jacobian"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{name}({m} x {n}{batch}, {dtype}, {self.device}, of "
+            f"{function_name(self.plan.function)}; {self.plan.strategy}, {self.plan.passes} passes)"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.plan._repr_html_()
+
+
+def _vector_message(vector: Any, side: Layout, expectation: str) -> str:
+    lead = "".join(f"{size}, " for size in side.lead)
+    came = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+    return (
+        f"{expectation} like {side.describe()}, or ({lead}{side.size}), or a block "
+        f"({lead}{side.size}, k), got {came}"
+    )
+
+
+def _to_scipy_csr(sparse: Tensor) -> Any:
+    rows, columns = sparse.indices().cpu().numpy()
+    values = sparse.values().detach().cpu().numpy()
+    return scipy_sparse().csr_array((values, (rows, columns)), shape=tuple(sparse.shape))
+
+
+def jacobian(
+    f: Callable[..., Any],
+    *args: Any,
+    argnums: int | Sequence[int] = 0,
+    batch_dim: int | None = None,
+    plan: str | Plan = "auto",
+    memory: int | None = None,
+) -> Jacobian:
+    """The Jacobian of ``f`` at a point: d out_i / d in_j, lazy and exact.
+
+    Args:
+        f: a callable or module, from tensors or pytrees of them to the same.
+        *args: the point. Integer tensors and other objects are passed on, not differentiated.
+        argnums: which arguments to differentiate with respect to.
+        batch_dim: None for one map; 0 where dimension 0 of input and output is a batch of
+            independent samples, and every result is then per sample.
+        plan: "auto", the name of a strategy ("reverse", "forward", "loop"), or a `Plan`.
+        memory: a budget in bytes for what is allocated.
+
+    Returns:
+        A `Jacobian`. Its results are differentiable with respect to the inputs and to every
+        parameter that ``f`` closes over, under the usual grad mode.
+
+    Raises:
+        InputError: nothing to differentiate, or arguments that do not fit together.
+        CouplingError: ``batch_dim=0`` and samples that influence each other.
+        PlanError: a plan that does not hold here.
+        MemoryBudgetError: ``memory`` is too small for a single pass.
+        DifferentiationError: an op without a derivative.
+
+    Cost: one evaluation of ``f``; then min(m, n) passes for all entries, one per product.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> jacobian(lambda x: x.prod() * x[:2], x).dense()
+        tensor([[12.,  3.,  2.],
+                [12., 12.,  4.]])
+    """
+    return _at(f, args, argnums, batch_dim, plan, memory, "jacobian")
+
+
+def hessian(
+    f: Callable[..., Any],
+    *args: Any,
+    argnums: int | Sequence[int] = 0,
+    batch_dim: int | None = None,
+    plan: str | Plan = "auto",
+    memory: int | None = None,
+) -> Jacobian:
+    """The Hessian of a scalar ``f`` at a point: d^2 f / d in_i d in_j, lazy, exact, symmetric.
+
+    Args:
+        f: a callable or module with one output scalar (per sample with ``batch_dim=0``).
+        *args, argnums, batch_dim, plan, memory: as in `jacobian`; strategies are "reverse", "loop".
+
+    Returns:
+        A `Jacobian` of the gradient, n x n; ``dense()`` is ``in.shape + in.shape``, ``value`` is
+        ``f(*args)``.
+
+    Raises:
+        ShapeError: more than one output scalar.
+        Others as in `jacobian`.
+
+    Cost: one evaluation and one gradient; then n Hessian-vector products for all entries. Reverse
+    mode over reverse mode: the nested forward modes of torch are wrong for several ops.
+
+    Example:
+        >>> hessian(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0])).dense()
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    return _at(f, args, argnums, batch_dim, plan, memory, "hessian")
+
+
+def plan(
+    f: Callable[..., Any],
+    *example_args: Any,
+    argnums: int | Sequence[int] = 0,
+    batch_dim: int | None = None,
+    quantity: str = "jacobian",
+    memory: int | None = None,
+) -> Plan:
+    """Plan the Jacobian (or Hessian) of ``f`` for arguments like these, and print it if you like.
+
+    Args:
+        f, argnums, batch_dim, memory: as in `jacobian`.
+        *example_args: arguments with the shapes and dtypes that are to come.
+        quantity: "jacobian" or "hessian".
+
+    Returns:
+        A `Plan`: ``plan(*args)`` is the Jacobian at other arguments.
+
+    Raises:
+        As in `jacobian`.
+
+    Example:
+        >>> plan(torch.sin, torch.zeros(3)).passes
+        3
+    """
+    check_quantity(quantity)
+    return _at(f, example_args, argnums, batch_dim, "auto", memory, quantity).plan
+
+
+def _at(
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    argnums: int | Sequence[int],
+    batch_dim: int | None,
+    wanted: str | Plan,
+    memory: int | None,
+    quantity: str,
+) -> Jacobian:
+    if not callable(f):
+        raise InputError(f"expected a function or module to differentiate, got {type(f).__name__}")
+    check_memory(memory)
+    arguments = Arguments.of(args, argnums, batch_dim)
+    linear, recorded = _linearise(f, arguments, batch_dim, quantity, memory)
+    if isinstance(wanted, Plan):
+        return _follow(replace(wanted, function=f), linear, quantity)
+    problem = Problem(linear, quantity, memory, recorded)
+    recipe = _recipe(problem, f, wanted, arguments)
+    made = Plan(
+        f,
+        arguments.argnums,
+        batch_dim,
+        quantity,
+        memory,
+        arguments.domain,
+        linear.tape.codomain,
+        recipe,
+        training_mode(f),
+        _replan,
+    )
+    return _jacobian(linear, made)
+
+
+def _linearise(
+    f: Callable[..., Any],
+    arguments: Arguments,
+    batch_dim: int | None,
+    quantity: str,
+    memory: int | None,
+) -> tuple[Linearization, Cost | None]:
+    order = 2 if quantity == "hessian" else 1
+    make: Callable[..., Tape] = record_gradient if order == 2 else record
+    if memory is None:
+        return Linearization(make(f, arguments, batch_dim), order), None
+    tape, cost = measure(lambda: make(f, arguments, batch_dim))
+    return Linearization(tape, order), cost
+
+
+def _recipe(problem: Problem, f: Callable[..., Any], wanted: str, arguments: Arguments) -> Recipe:
+    key = (
+        wanted,
+        problem.quantity,
+        problem.memory,
+        arguments.argnums,
+        arguments.domain.signature,
+        problem.linear.tape.codomain.signature,
+        problem.linear.tape.census.ops,
+        training_mode(f),
+    )
+    recipe = cached_recipe(f, key)
+    if recipe is None:
+        recipe = choose(problem, wanted)
+        store_recipe(f, key, recipe)
+    return recipe
+
+
+def _jacobian(linear: Linearization, plan: Plan) -> Jacobian:
+    linear.batched = linear.batched and plan.strategy != "loop"
+    return Jacobian(linear, plan)
+
+
+def _replan(plan: Plan, args: tuple[Any, ...]) -> Jacobian:
+    arguments = Arguments.of(args, plan.argnums, plan.batch_dim)
+    linear, _ = _linearise(plan.function, arguments, plan.batch_dim, plan.quantity, plan.memory)
+    return _follow(plan, linear, plan.quantity)
+
+
+def _follow(plan: Plan, linear: Linearization, quantity: str) -> Jacobian:
+    """Use a plan where it still holds."""
+    tape = linear.tape
+    for what, planned, came in (
+        ("quantity", plan.quantity, quantity),
+        ("input", plan.domain.signature, tape.domain.signature),
+        ("output", plan.codomain.signature, tape.codomain.signature),
+        ("training mode", plan.mode, training_mode(tape.function)),
+    ):
+        if planned != came:
+            raise PlanError(_misfit(what, plan, tape, quantity))
+    return _jacobian(linear, plan)
+
+
+def _misfit(what: str, plan: Plan, tape: Tape, quantity: str) -> str:
+    planned, came = {
+        "quantity": (plan.quantity, quantity),
+        "input": (plan.domain.describe(), tape.domain.describe()),
+        "output": (plan.codomain.describe(), tape.codomain.describe()),
+    }.get(what, ("that of the time of planning", "another"))
+    return f"the plan expects the {what} {planned}, got {came}; make a plan for these arguments"

@@ -1,0 +1,203 @@
+"""Products with a Jacobian: batches of cotangents pulled back, batches of tangents pushed forward.
+
+Both run over one recorded tape. Pulling back is one backward pass for a batch of cotangents. Pushing
+forward differentiates the linear map u -> J^T u once more, so that no forward-mode rule of torch is
+ever used: nested ones are silently wrong for several ops, and some ops have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pushforward.errors import DifferentiationError
+from pushforward.tape import (
+    LinearHead,
+    Tape,
+    linear_head,
+    record,
+    record_gradient,
+    refuse_stale,
+)
+
+
+@dataclass(eq=False)
+class Linearization:
+    """The two products of one tape, on flat batches ``(k, [B,] m)`` and ``(k, [B,] n)``.
+
+    ``batched`` says that several vectors may go through one backward pass; it turns itself off where
+    an op cannot do that, and the vectors then go one by one through plain ``autograd.grad``.
+    """
+
+    tape: Tape
+    order: int = 1
+    batched: bool = True
+    _transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        self.batched = self.batched and self.tape.census.vmappable
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether results are to be differentiable: somebody wants gradients, and can get them."""
+        return self.tape.census.attached and torch.is_grad_enabled()
+
+    def pull(self, cotangents: Tensor) -> Tensor:
+        """``(k, [B,] m) -> (k, [B,] n)``: the rows ``u^T J``."""
+        return self._retrying(lambda: self._pull(cotangents))
+
+    def push(self, tangents: Tensor) -> Tensor:
+        """``(k, [B,] n) -> (k, [B,] m)``: the products ``J v``."""
+        return self._retrying(lambda: self._push(tangents))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the Jacobian, ``(k, [B,] n)``."""
+        head = linear_head(self.tape) if self.batched else None
+        if head is not None:
+            return self._retrying(lambda: self._pull_from(head, start, stop))
+        codomain = self.tape.codomain
+        return self.pull(
+            _unit_vectors(start, stop, codomain.size, codomain.lead, self.tape.outputs)
+        )
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns ``start`` to ``stop`` of the Jacobian, ``(k, [B,] m)``."""
+        domain = self.tape.domain
+        return self.push(_unit_vectors(start, stop, domain.size, domain.lead, self.tape.inputs))
+
+    def _pull(self, cotangents: Tensor) -> Tensor:
+        parts = self.tape.codomain.split(cotangents)
+        gradients = self._grad(self.tape.outputs, self.tape.inputs, parts, len(cotangents))
+        return self.tape.domain.join(gradients)
+
+    def _push(self, tangents: Tensor) -> Tensor:
+        cotangents, pulled = self._transpose()
+        parts = self.tape.domain.split(tangents)
+        gradients = self._grad(pulled, cotangents, parts, len(tangents))
+        return self.tape.codomain.join(gradients)
+
+    def _pull_from(self, head: LinearHead, start: int, stop: int) -> Tensor:
+        weight = head.weight if self.keeps_graph else head.weight.detach()
+        seeds = weight[start:stop].unsqueeze(1).expand(stop - start, *head.hidden_shape)
+        gradients = self._grad((head.edge,), self.tape.inputs, [seeds], stop - start)
+        return self.tape.domain.join(gradients)
+
+    def _transpose(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The cotangent u and the linear map J^T u of it, as a graph."""
+        if self._transposed is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                u = tuple(torch.zeros_like(y).requires_grad_() for y in self.tape.outputs)
+                parts = [part.unsqueeze(0) for part in u]
+                pulled = self._one(self.tape.outputs, self.tape.inputs, parts, 0, True)
+            self._transposed = (u, tuple(pulled))
+        return self._transposed
+
+    def _grad(self, outputs: Sequence, inputs: Sequence, seeds: Sequence[Tensor], count: int):
+        """Gradients ``(k, *input)`` for ``k`` seeds, in one pass where possible."""
+        create = self.keeps_graph or (
+            torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
+        )
+        with torch.inference_mode(False):
+            if self.batched and count > 1:
+                try:
+                    return self._many(outputs, inputs, seeds, count, create)
+                except RuntimeError as error:
+                    if _freed(error):
+                        raise
+                    self.batched = False
+            return self._each(outputs, inputs, seeds, count, create)
+
+    def _many(self, outputs, inputs, seeds, count: int, create: bool) -> list[Tensor]:
+        live, cotangents = _live(outputs, seeds)
+        if not live:
+            return [x.new_zeros(count, *x.shape) for x in inputs]
+        gradients = torch.autograd.grad(
+            live,
+            inputs,
+            cotangents,
+            retain_graph=True,
+            create_graph=create,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+        return [
+            x.new_zeros(count, *x.shape) if g is None else g
+            for g, x in zip(gradients, inputs, strict=True)
+        ]
+
+    def _each(self, outputs, inputs, seeds, count: int, create: bool) -> list[Tensor]:
+        if count == 0:
+            return [x.new_zeros(0, *x.shape) for x in inputs]
+        each = [self._one(outputs, inputs, seeds, i, create) for i in range(count)]
+        return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+    def _one(self, outputs, inputs, seeds, i: int, create: bool) -> list[Tensor]:
+        live, cotangents = _live(outputs, [seed[i] for seed in seeds])
+        if not live:
+            return [torch.zeros_like(x) for x in inputs]
+        gradients = torch.autograd.grad(
+            live,
+            inputs,
+            cotangents,
+            retain_graph=True,
+            create_graph=create,
+            allow_unused=True,
+        )
+        return [
+            torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)
+        ]
+
+    def _retrying(self, product) -> Tensor:
+        """Record the tape again where somebody's backward pass has freed its graph."""
+        try:
+            return product()
+        except RuntimeError as error:
+            if not _freed(error):
+                raise _explained(error) from error
+        refuse_stale(self.tape)
+        again = record if self.order == 1 else record_gradient
+        tape = self.tape
+        batch_dim = None if tape.domain.batch is None else 0
+        self.tape = again(tape.function, tape.arguments, batch_dim, tape.state)
+        self._transposed = None
+        return product()
+
+
+def _freed(error: RuntimeError) -> bool:
+    return "a second time" in str(error)
+
+
+def _explained(error: RuntimeError) -> RuntimeError | DifferentiationError:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    signs = ("not implemented", "not differentiable", "once_differentiable", "derivative")
+    if isinstance(error, NotImplementedError) or any(sign in text for sign in signs):
+        return DifferentiationError(
+            f"expected ops that can be differentiated, but torch says: {text}; "
+            "replace the op by a composite of differentiable ones"
+        )
+    return error
+
+
+def _live(outputs: Sequence, seeds: Sequence[Tensor]) -> tuple[list, list[Tensor]]:
+    """The outputs that depend on anything, with their seeds."""
+    pairs = [
+        (y, u)
+        for y, u in zip(outputs, seeds, strict=True)
+        if not isinstance(y, Tensor) or y.requires_grad
+    ]
+    return [y for y, _ in pairs], [u for _, u in pairs]
+
+
+def _unit_vectors(
+    start: int, stop: int, size: int, lead: tuple[int, ...], like: Sequence[Tensor]
+) -> Tensor:
+    """Unit vectors ``start`` to ``stop``, the same for each sample, ``(k, [B,] size)``."""
+    dtype = like[0].dtype
+    for tensor in like[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    units = torch.zeros(stop - start, size, dtype=dtype, device=like[0].device)
+    units.diagonal(start).fill_(1)
+    return units.reshape(stop - start, *(1 for _ in lead), size).expand(-1, *lead, -1)

@@ -1,0 +1,286 @@
+"""The autograd graph of one evaluation, recorded once and walked, never executed here.
+
+What this library needs to know of torch's graph stands here: which ops it holds, whether anything
+beside the inputs can want a gradient, and which op makes samples of a batch depend on each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from pushforward.boundary import Arguments, Layout, as_real
+from pushforward.errors import DifferentiationError, InputError, ShapeError
+from pushforward.purity import RandomState, modules_of, untouched
+
+# det's backward takes an SVD when it runs under vmap with gradients on, and that SVD has no
+# derivative where singular values repeat. One cotangent at a time it solves with LU instead.
+_NOT_UNDER_VMAP = frozenset({"LinalgDetBackward0"})
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A map at a point: its value, and the graph between its real inputs and real outputs."""
+
+    function: Callable[..., Any]
+    arguments: Arguments
+    state: RandomState
+    value: Any
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    codomain: Layout
+    census: Census
+
+    @property
+    def domain(self) -> Layout:
+        return self.arguments.domain
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a walk over the graph found."""
+
+    ops: frozenset[str]
+    custom: frozenset[str]
+    versions: tuple[tuple[Tensor, int], ...] = field(repr=False)
+    attached: bool
+
+    @property
+    def vmappable(self) -> bool:
+        """Whether several cotangents may be pulled back at once."""
+        return not self.ops & _NOT_UNDER_VMAP
+
+    @property
+    def stale(self) -> bool:
+        """Whether a parameter or an input was changed in place since the graph was recorded."""
+        return any(tensor._version != version for tensor, version in self.versions)
+
+
+def record(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    batch_dim: int | None,
+    state: RandomState | None = None,
+) -> Tape:
+    """Evaluate a map once and keep its graph; with gradients off, keep only what leads to it."""
+    state = state or RandomState.now()
+    attach = torch.is_grad_enabled()
+    with untouched(modules_of(function), state):
+        inputs = tuple(_source(leaf, attach) for leaf in _active(arguments))
+        value = function(*arguments.substitute(_fresh(arguments, inputs)))
+        leaves, codomain = _outputs(value, arguments, batch_dim)
+        outputs = tuple(as_real(leaf) for leaf in codomain.select(leaves))
+    census = take_census(outputs, inputs)
+    attached = attach and (census.attached or any(x.grad_fn is not None for x in inputs))
+    if not attached:
+        value = _detached(leaves, codomain)
+    given = [(x, x._version) for x in _active(arguments) if not x.is_inference()]
+    census = replace(census, attached=attached, versions=(*census.versions, *given))
+    return Tape(function, arguments, state, value, inputs, outputs, codomain, census)
+
+
+def record_gradient(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    batch_dim: int | None,
+    state: RandomState | None = None,
+) -> Tape:
+    """Record the gradient of a scalar map as a map in its own right, domain to domain."""
+    tape = record(function, arguments, batch_dim, state)
+    if tape.codomain.size != 1:
+        per = " per sample" if batch_dim == 0 else ""
+        raise ShapeError(
+            f"a Hessian expects one output scalar{per}, got {tape.codomain.size} "
+            f"({tape.codomain.describe()}); sum it, or take pf.jacobian of a gradient"
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        gradient = _gradient(tape)
+    census = replace(take_census(gradient, tape.inputs), attached=tape.census.attached)
+    return replace(tape, outputs=gradient, codomain=tape.domain, census=census)
+
+
+def _gradient(tape: Tape) -> tuple[Tensor, ...]:
+    outputs = [y.sum() for y in tape.outputs if y.requires_grad]
+    if not outputs:
+        return tuple(torch.zeros_like(x) for x in tape.inputs)
+    return torch.autograd.grad(
+        outputs, tape.inputs, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def _active(arguments: Arguments) -> list[Tensor]:
+    return arguments.domain.select(arguments.leaves)
+
+
+def _source(leaf: Tensor, attach: bool) -> Tensor:
+    """The tensor to differentiate with respect to: real, and private to this tape."""
+    leaf = as_real(leaf)
+    if attach and leaf.requires_grad:
+        return leaf.view_as(leaf)
+    return leaf.detach().clone().requires_grad_()
+
+
+def _fresh(arguments: Arguments, inputs: Sequence[Tensor]) -> list[Any]:
+    """What the function sees: copies, so that it may work on them in place."""
+    rest = iter(inputs)
+    leaves = []
+    for value, leaf in zip(arguments.leaves, arguments.domain.leaves, strict=True):
+        if leaf.differentiable:
+            copied = next(rest).clone()
+            leaves.append(torch.view_as_complex(copied) if leaf.is_complex else copied)
+        else:
+            leaves.append(value.clone() if isinstance(value, Tensor) else value)
+    return leaves
+
+
+def _outputs(value: Any, arguments: Arguments, batch_dim: int | None) -> tuple[list[Any], Layout]:
+    leaves, codomain = Layout.of(value, batch_dim, "output")
+    if not codomain.active:
+        raise InputError(
+            "expected a function that returns a floating-point or complex tensor, got "
+            f"{codomain.describe()} from {type(value).__name__}; return the tensor itself"
+        )
+    if codomain.batch != arguments.domain.batch:
+        raise ShapeError(
+            f"batch_dim=0 expects outputs with the batch of the input, "
+            f"{arguments.domain.batch}, as dimension 0, got {codomain.describe()}; "
+            "reshape the output, or use batch_dim=None for one map"
+        )
+    return leaves, codomain
+
+
+def _detached(leaves: Sequence[Any], codomain: Layout) -> Any:
+    return codomain.structure.rebuild(
+        [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    )
+
+
+def nodes_behind(roots: Sequence[Node | None], stops: set[Any]) -> Iterator[Node]:
+    """Every node that the roots depend on, once each, without going past ``stops``."""
+    pending = [node for node in roots if node is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        if node in stops:
+            continue
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+
+
+def source_node(tensor: Tensor) -> Node:
+    """The node at which the gradient of a tensor arrives."""
+    return torch.autograd.graph.get_gradient_edge(tensor).node
+
+
+def take_census(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Census:
+    """Walk the graph from the outputs back to the inputs."""
+    sources = {source_node(x) for x in inputs}
+    ops, custom, versions = set(), set(), []
+    attached = False
+    for node in nodes_behind([y.grad_fn for y in outputs], sources):
+        if node in sources:
+            continue
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            attached = True
+            versions.append((variable, variable._version))
+        else:
+            ops.add(node.name())
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                custom.add(node.name())
+    return Census(frozenset(ops), frozenset(custom), tuple(versions), attached)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A last linear layer y = h W^T + b, seen from the graph: where h is, and W."""
+
+    edge: GradientEdge
+    weight: Tensor
+    hidden_shape: tuple[int, ...]
+
+
+def linear_head(tape: Tape) -> LinearHead | None:
+    """Find a last linear layer with one row per sample: identity seeds need no product there."""
+    if len(tape.outputs) != 1:
+        return None
+    node = tape.outputs[0].grad_fn
+    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "AddmmBackward0":
+        return None
+    return _head_of(tape, node)
+
+
+def _head_of(tape: Tape, node: Any) -> LinearHead | None:
+    (bias, _), (hidden, number), (weight, _) = node.next_functions
+    sources = {source_node(x) for x in tape.inputs}
+    side = nodes_behind([bias, weight], sources)
+    if hidden is None or node._saved_alpha != 1 or any(other in sources for other in side):
+        return None
+    matrix = node._saved_mat2
+    rows = tape.codomain.batch or 1
+    if matrix.shape[1] != tape.codomain.size or tape.outputs[0].numel() != rows * matrix.shape[1]:
+        return None
+    return LinearHead(GradientEdge(hidden, number), matrix.t(), (rows, matrix.shape[0]))
+
+
+def op_name(node_name: str) -> str:
+    """``NativeBatchNormBackward0`` is the backward of ``native_batch_norm``."""
+    plain = re.sub(r"Backward\d*$", "", node_name)
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", plain).lower() or node_name
+
+
+def coupling_op(tape: Tape, cotangents: Sequence[Tensor], batch: int) -> str | None:
+    """Name the op that lets a cotangent of the first samples reach the others.
+
+    ``cotangents`` are zero outside the first samples; going back from the output, the first op whose
+    incoming gradient keeps to them and whose outgoing one does not is the culprit.
+    """
+    found: list[str] = []
+    sources = {source_node(x) for x in tape.inputs}
+    handles = []
+    for node in nodes_behind([y.grad_fn for y in tape.outputs], sources):
+        handles.append(node.register_hook(_watch(node.name(), batch, found)))
+    try:
+        live = [(y, u) for y, u in zip(tape.outputs, cotangents, strict=True) if y.requires_grad]
+        outputs, seeds = zip(*live, strict=True)
+        torch.autograd.grad(outputs, tape.inputs, seeds, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return op_name(found[0]) if found else None
+
+
+def _watch(name: str, batch: int, found: list[str]) -> Callable[[Any, Any], None]:
+    def look(outgoing: Any, incoming: Any) -> None:
+        kept = all(_keeps(gradient, batch) is not False for gradient in incoming)
+        if kept and any(_keeps(gradient, batch) is False for gradient in outgoing):
+            found.append(name)
+
+    return look
+
+
+def _keeps(gradient: Tensor | None, batch: int) -> bool | None:
+    """Whether a gradient vanishes outside the first half of the samples; None where none are."""
+    if gradient is None or gradient.dim() == 0 or gradient.shape[0] != batch:
+        return None
+    return not bool(gradient[(batch + 1) // 2 :].any())
+
+
+def refuse_stale(tape: Tape) -> None:
+    """Raise where what the graph was recorded at has changed since, and the graph is freed."""
+    if tape.census.stale:
+        raise DifferentiationError(
+            "expected the parameters and inputs that this Jacobian was taken at, but they were "
+            "changed in place after its graph was freed; call pf.jacobian again after such a step"
+        )
