@@ -1,9 +1,14 @@
-"""Everything people want of the Jacobian of a PyTorch network or function."""
+"""Everything people want of the Jacobian of a PyTorch network or function.
 
+Exact where it can be, cheap because it chooses its passes, honest where it estimates.
+"""
+
+from pushforward import autograd, linalg
+from pushforward.differential import divergence, laplacian
 from pushforward.errors import PushforwardError
 from pushforward.jacobians import Jacobian, hessian, jacobian, plan
 from pushforward.operators import LinearOperator, aslinearoperator
-from pushforward.plan import Plan
+from pushforward.planning import Plan
 
 __version__ = "0.1.0"
 
@@ -14,7 +19,11 @@ __all__ = [
     "PushforwardError",
     "__version__",
     "aslinearoperator",
+    "autograd",
+    "divergence",
     "hessian",
     "jacobian",
+    "laplacian",
+    "linalg",
     "plan",
 ]

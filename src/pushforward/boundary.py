@@ -1,7 +1,7 @@
 """Where pytrees, complex numbers and batches become flat real vectors, and back.
 
-A `Layout` describes one side of a map: the tree, the shapes and the dtypes of its leaves. Behind it
-everything is flat: a vector of one side has ``size`` real scalars, a batch of samples puts the batch
+A `Layout` describes one side of a map: the tree, the shapes and the dtypes of its leaves. Behind
+it everything is flat: a vector of one side has ``size`` real scalars, and a batch of samples comes
 before them. A complex leaf counts as two real scalars per entry (real part, imaginary part); a leaf
 that is not a floating-point tensor is not differentiated and takes no place.
 """
@@ -52,9 +52,14 @@ class Structure:
             records.append(record)
         return leaves, Structure(spec, tuple(records))
 
+    @cached_property
+    def signature(self) -> str:
+        """What two structures have in common when they are alike."""
+        return repr(self)
+
     def rebuild(self, leaves: Sequence[Any]) -> Any:
         """Put leaves, in order, in the places that the original ones had."""
-        return self._fill(iter(leaves))
+        return leaves[0] if self is _SINGLE else self._fill(iter(leaves))
 
     def _fill(self, leaves: Iterator[Any]) -> Any:
         tops = [
@@ -220,12 +225,12 @@ class Layout:
     @cached_property
     def signature(self) -> tuple[Any, ...]:
         """What a plan depends on: tree, shapes, dtypes, devices, batch."""
-        return (repr(self.structure), self.leaves, self.batch)
+        return (self.structure.signature, self.leaves, self.batch)
 
     def describe(self) -> str:
         """Shapes and dtypes, for messages and tables."""
         shown = [
-            f"{str(leaf.dtype).removeprefix('torch.')}{list((*self.lead, *leaf.shape))}"
+            f"{str(leaf.dtype).removeprefix('torch.')}{[*self.lead, *leaf.shape]}"
             for leaf in self.leaves
             if leaf.dtype is not None
         ]

@@ -15,7 +15,7 @@ from pushforward.errors import InputError, MemoryBudgetError, PlanError, ShapeEr
 from pushforward.meter import Cost, measure
 from pushforward.operators import LinearOperator, scipy_sparse
 from pushforward.passes import Linearization
-from pushforward.plan import (
+from pushforward.planning import (
     Plan,
     Problem,
     Recipe,
@@ -26,7 +26,6 @@ from pushforward.plan import (
     choose,
     function_name,
     store_recipe,
-    training_mode,
 )
 from pushforward.tape import Tape, record, record_gradient
 
@@ -232,8 +231,8 @@ class Jacobian(LinearOperator):
             raise InputError(f'sparse expects layout "csr", "coo" or "scipy", got {layout!r}')
         if self.batch is not None:
             raise InputError(
-                "sparse expects one map, got batch_dim=0; use batch_dim=None for the block-diagonal "
-                "matrix of the batch, or matrix() for one dense matrix per sample"
+                "sparse expects one map, got batch_dim=0; use batch_dim=None for the "
+                "block-diagonal matrix of the batch, or matrix() for one dense matrix a sample"
             )
         sparse = self._coo()
         if layout == "coo":
@@ -466,7 +465,7 @@ def _at(
         arguments.domain,
         linear.tape.codomain,
         recipe,
-        training_mode(f),
+        linear.tape.mode,
         _replan,
     )
     return _jacobian(linear, made)
@@ -496,7 +495,7 @@ def _recipe(problem: Problem, f: Callable[..., Any], wanted: str, arguments: Arg
         arguments.domain.signature,
         problem.linear.tape.codomain.signature,
         problem.linear.tape.census.ops,
-        training_mode(f),
+        problem.linear.tape.mode,
     )
     recipe = cached_recipe(f, key)
     if recipe is None:
@@ -523,7 +522,7 @@ def _follow(plan: Plan, linear: Linearization, quantity: str) -> Jacobian:
         ("quantity", plan.quantity, quantity),
         ("input", plan.domain.signature, tape.domain.signature),
         ("output", plan.codomain.signature, tape.codomain.signature),
-        ("training mode", plan.mode, training_mode(tape.function)),
+        ("training mode", plan.mode, tape.mode),
     ):
         if planned != came:
             raise PlanError(_misfit(what, plan, tape, quantity))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class LinearOperator(ABC):
         self.dtype: torch.dtype = dtype or torch.get_default_dtype()
         self.device: torch.device = torch.device(device or "cpu")
 
-    batch: ClassVar[int | None] | int | None = None
+    batch: int | None = None
 
     @abstractmethod
     def push(self, v: Tensor) -> Tensor:

@@ -1,19 +1,22 @@
-"""Products with a Jacobian: batches of cotangents pulled back, batches of tangents pushed forward.
+"""Products with a Jacobian: cotangents pulled back and tangents pushed forward, in batches.
 
-Both run over one recorded tape. Pulling back is one backward pass for a batch of cotangents. Pushing
-forward differentiates the linear map u -> J^T u once more, so that no forward-mode rule of torch is
-ever used: nested ones are silently wrong for several ops, and some ops have none.
+Both run over one recorded tape. Pulling back is one backward pass for a batch of cotangents.
+Pushing forward differentiates the linear map u -> J^T u once more, so that no forward-mode rule of
+torch is ever used: nested ones are silently wrong for several ops, and some ops have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from pushforward.errors import DifferentiationError
+from pushforward.purity import recording
 from pushforward.tape import (
     LinearHead,
     Tape,
@@ -23,18 +26,22 @@ from pushforward.tape import (
     refuse_stale,
 )
 
+Source = Tensor | GradientEdge
+
 
 @dataclass(eq=False)
 class Linearization:
     """The two products of one tape, on flat batches ``(k, [B,] m)`` and ``(k, [B,] n)``.
 
-    ``batched`` says that several vectors may go through one backward pass; it turns itself off where
-    an op cannot do that, and the vectors then go one by one through plain ``autograd.grad``.
+    ``batched`` says that several vectors may go through one backward pass; it turns itself off
+    where an op cannot do that, and the vectors then go one by one through plain ``autograd.grad``.
+    ``graph_wanted`` makes every result differentiable, for derivatives of higher order.
     """
 
     tape: Tape
     order: int = 1
     batched: bool = True
+    graph_wanted: bool = False
     _transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -43,7 +50,7 @@ class Linearization:
     @property
     def keeps_graph(self) -> bool:
         """Whether results are to be differentiable: somebody wants gradients, and can get them."""
-        return self.tape.census.attached and torch.is_grad_enabled()
+        return self.graph_wanted or (self.tape.census.attached and torch.is_grad_enabled())
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """``(k, [B,] m) -> (k, [B,] n)``: the rows ``u^T J``."""
@@ -68,6 +75,11 @@ class Linearization:
         domain = self.tape.domain
         return self.push(_unit_vectors(start, stop, domain.size, domain.lead, self.tape.inputs))
 
+    def pull_from(self, value: Tensor, cotangents: Tensor) -> Tensor:
+        """Pull ``(k, *value)`` back from any tensor that was computed from the inputs."""
+        gradients = self._grad((value,), self.tape.inputs, [cotangents], len(cotangents))
+        return self.tape.domain.join(gradients)
+
     def _pull(self, cotangents: Tensor) -> Tensor:
         parts = self.tape.codomain.split(cotangents)
         gradients = self._grad(self.tape.outputs, self.tape.inputs, parts, len(cotangents))
@@ -88,69 +100,28 @@ class Linearization:
     def _transpose(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The cotangent u and the linear map J^T u of it, as a graph."""
         if self._transposed is None:
-            with torch.inference_mode(False), torch.enable_grad():
+            with recording():
                 u = tuple(torch.zeros_like(y).requires_grad_() for y in self.tape.outputs)
                 parts = [part.unsqueeze(0) for part in u]
-                pulled = self._one(self.tape.outputs, self.tape.inputs, parts, 0, True)
+                pulled = _one(self.tape.outputs, self.tape.inputs, parts, 0, True)
             self._transposed = (u, tuple(pulled))
         return self._transposed
 
-    def _grad(self, outputs: Sequence, inputs: Sequence, seeds: Sequence[Tensor], count: int):
+    def _grad(
+        self,
+        outputs: Sequence[Source],
+        inputs: Sequence[Tensor],
+        seeds: Sequence[Tensor],
+        count: int,
+    ) -> list[Tensor]:
         """Gradients ``(k, *input)`` for ``k`` seeds, in one pass where possible."""
         create = self.keeps_graph or (
             torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
         )
-        with torch.inference_mode(False):
-            if self.batched and count > 1:
-                try:
-                    return self._many(outputs, inputs, seeds, count, create)
-                except RuntimeError as error:
-                    if _freed(error):
-                        raise
-                    self.batched = False
-            return self._each(outputs, inputs, seeds, count, create)
+        gradients, self.batched = gradients_of(outputs, inputs, seeds, count, create, self.batched)
+        return gradients
 
-    def _many(self, outputs, inputs, seeds, count: int, create: bool) -> list[Tensor]:
-        live, cotangents = _live(outputs, seeds)
-        if not live:
-            return [x.new_zeros(count, *x.shape) for x in inputs]
-        gradients = torch.autograd.grad(
-            live,
-            inputs,
-            cotangents,
-            retain_graph=True,
-            create_graph=create,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
-        return [
-            x.new_zeros(count, *x.shape) if g is None else g
-            for g, x in zip(gradients, inputs, strict=True)
-        ]
-
-    def _each(self, outputs, inputs, seeds, count: int, create: bool) -> list[Tensor]:
-        if count == 0:
-            return [x.new_zeros(0, *x.shape) for x in inputs]
-        each = [self._one(outputs, inputs, seeds, i, create) for i in range(count)]
-        return [torch.stack(parts) for parts in zip(*each, strict=True)]
-
-    def _one(self, outputs, inputs, seeds, i: int, create: bool) -> list[Tensor]:
-        live, cotangents = _live(outputs, [seed[i] for seed in seeds])
-        if not live:
-            return [torch.zeros_like(x) for x in inputs]
-        gradients = torch.autograd.grad(
-            live,
-            inputs,
-            cotangents,
-            retain_graph=True,
-            create_graph=create,
-            allow_unused=True,
-        )
-        return [
-            torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)
-        ]
-
-    def _retrying(self, product) -> Tensor:
+    def _retrying(self, product: Callable[[], Tensor]) -> Tensor:
         """Record the tape again where somebody's backward pass has freed its graph."""
         try:
             return product()
@@ -164,6 +135,88 @@ class Linearization:
         self.tape = again(tape.function, tape.arguments, batch_dim, tape.state)
         self._transposed = None
         return product()
+
+
+def gradients_of(
+    outputs: Sequence[Source],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    count: int,
+    create: bool,
+    batched: bool,
+) -> tuple[list[Tensor], bool]:
+    """Gradients ``(k, *input)`` for ``k`` seeds ``(k, *output)``, and whether one pass did it."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        if batched and count > 1:
+            try:
+                return _many(outputs, inputs, seeds, count, create), True
+            except RuntimeError as error:
+                if _freed(error):
+                    raise
+                batched = False
+        return _each(outputs, inputs, seeds, count, create), batched
+
+
+def _many(
+    outputs: Sequence[Source],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    count: int,
+    create: bool,
+) -> list[Tensor]:
+    live, cotangents = _live(outputs, seeds)
+    if not live:
+        return [x.new_zeros(count, *x.shape) for x in inputs]
+    gradients = torch.autograd.grad(
+        live,
+        inputs,
+        cotangents,
+        retain_graph=True,
+        create_graph=create,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
+    return [
+        x.new_zeros(count, *x.shape) if g is None else g
+        for g, x in zip(gradients, inputs, strict=True)
+    ]
+
+
+def _each(
+    outputs: Sequence[Source],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    count: int,
+    create: bool,
+) -> list[Tensor]:
+    if count == 0:
+        return [x.new_zeros(0, *x.shape) for x in inputs]
+    each = [_one(outputs, inputs, seeds, i, create) for i in range(count)]
+    if count == 1:
+        return [part.unsqueeze(0) for part in each[0]]
+    return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+
+def _one(
+    outputs: Sequence[Source],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    i: int,
+    create: bool,
+) -> list[Tensor]:
+    live, cotangents = _live(outputs, [seed[i] for seed in seeds])
+    if not live:
+        return [torch.zeros_like(x) for x in inputs]
+    gradients = torch.autograd.grad(
+        live,
+        inputs,
+        cotangents,
+        retain_graph=True,
+        create_graph=create,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return list(gradients)
 
 
 def _freed(error: RuntimeError) -> bool:
@@ -181,7 +234,7 @@ def _explained(error: RuntimeError) -> RuntimeError | DifferentiationError:
     return error
 
 
-def _live(outputs: Sequence, seeds: Sequence[Tensor]) -> tuple[list, list[Tensor]]:
+def _live(outputs: Sequence[Source], seeds: Sequence[Tensor]) -> tuple[list[Source], list[Tensor]]:
     """The outputs that depend on anything, with their seeds."""
     pairs = [
         (y, u)

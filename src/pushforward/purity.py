@@ -1,17 +1,16 @@
-"""Nothing that a call does is visible afterwards: random state, buffers and modes stay as they are."""
+"""Nothing that a call does is visible afterwards: random state, buffers, modes stay as they are."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,44 @@ def _values(buffers: dict[str, Tensor | None]) -> list[bool]:
 
 
 @contextmanager
+def math_attention() -> Iterator[None]:
+    """Use the attention kernel that has all its derivatives; the fused ones lack the second."""
+    kernels = torch.backends.cuda  # these switches hold for the CPU too
+    before = (
+        kernels.flash_sdp_enabled(),
+        kernels.mem_efficient_sdp_enabled(),
+        kernels.cudnn_sdp_enabled(),
+        kernels.math_sdp_enabled(),
+    )
+    _switch_attention(False, False, False, True)
+    try:
+        yield
+    finally:
+        _switch_attention(*before)
+
+
+def _switch_attention(flash: bool, efficient: bool, cudnn: bool, math: bool) -> None:
+    kernels = torch.backends.cuda
+    kernels.enable_flash_sdp(flash)
+    kernels.enable_mem_efficient_sdp(efficient)
+    kernels.enable_cudnn_sdp(cudnn)
+    kernels.enable_math_sdp(math)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Gradients on and inference mode off."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    else:
+        with torch.enable_grad():
+            yield
+
+
+@contextmanager
 def untouched(modules: list[nn.Module], state: RandomState | None = None) -> Iterator[None]:
     """Run a user's function so that nothing of it is visible afterwards, and so that it can be
-    differentiated: outside inference mode, with gradients on, and with the attention kernel that
-    has all its derivatives."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(replayed(state))
-        stack.enter_context(borrowed_buffers(modules))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    differentiated."""
+    with recording(), replayed(state), borrowed_buffers(modules), math_attention():
         yield

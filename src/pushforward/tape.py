@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from pushforward.boundary import Arguments, Layout, as_real
 from pushforward.errors import DifferentiationError, InputError, ShapeError
-from pushforward.purity import RandomState, modules_of, untouched
+from pushforward.purity import RandomState, modules_of, recording, untouched
 
 # det's backward takes an SVD when it runs under vmap with gradients on, and that SVD has no
 # derivative where singular values repeat. One cotangent at a time it solves with LU instead.
@@ -26,7 +26,10 @@ _NOT_UNDER_VMAP = frozenset({"LinalgDetBackward0"})
 
 @dataclass(frozen=True)
 class Tape:
-    """A map at a point: its value, and the graph between its real inputs and real outputs."""
+    """A map at a point: its value, and the graph between its real inputs and real outputs.
+
+    ``mode`` holds the training flags of every module that the function can reach.
+    """
 
     function: Callable[..., Any]
     arguments: Arguments
@@ -36,6 +39,7 @@ class Tape:
     outputs: tuple[Tensor, ...]
     codomain: Layout
     census: Census
+    mode: tuple[bool, ...]
 
     @property
     def domain(self) -> Layout:
@@ -50,6 +54,7 @@ class Census:
     custom: frozenset[str]
     versions: tuple[tuple[Tensor, int], ...] = field(repr=False)
     attached: bool
+    reaches_inputs: bool
 
     @property
     def vmappable(self) -> bool:
@@ -71,7 +76,8 @@ def record(
     """Evaluate a map once and keep its graph; with gradients off, keep only what leads to it."""
     state = state or RandomState.now()
     attach = torch.is_grad_enabled()
-    with untouched(modules_of(function), state):
+    modules = modules_of(function)
+    with untouched(modules, state):
         inputs = tuple(_source(leaf, attach) for leaf in _active(arguments))
         value = function(*arguments.substitute(_fresh(arguments, inputs)))
         leaves, codomain = _outputs(value, arguments, batch_dim)
@@ -82,7 +88,8 @@ def record(
         value = _detached(leaves, codomain)
     given = [(x, x._version) for x in _active(arguments) if not x.is_inference()]
     census = replace(census, attached=attached, versions=(*census.versions, *given))
-    return Tape(function, arguments, state, value, inputs, outputs, codomain, census)
+    mode = tuple(module.training for module in modules)
+    return Tape(function, arguments, state, value, inputs, outputs, codomain, census, mode)
 
 
 def record_gradient(
@@ -99,7 +106,7 @@ def record_gradient(
             f"a Hessian expects one output scalar{per}, got {tape.codomain.size} "
             f"({tape.codomain.describe()}); sum it, or take pf.jacobian of a gradient"
         )
-    with torch.inference_mode(False), torch.enable_grad():
+    with recording():
         gradient = _gradient(tape)
     census = replace(take_census(gradient, tape.inputs), attached=tape.census.attached)
     return replace(tape, outputs=gradient, codomain=tape.domain, census=census)
@@ -185,19 +192,20 @@ def take_census(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Census:
     """Walk the graph from the outputs back to the inputs."""
     sources = {source_node(x) for x in inputs}
     ops, custom, versions = set(), set(), []
-    attached = False
+    attached = reaches = False
     for node in nodes_behind([y.grad_fn for y in outputs], sources):
         if node in sources:
+            reaches = True
             continue
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
+        name = node.name()
+        if name == "torch::autograd::AccumulateGrad":
             attached = True
-            versions.append((variable, variable._version))
-        else:
-            ops.add(node.name())
+            versions.append((node.variable, node.variable._version))
+        elif name not in ops:
+            ops.add(name)
             if isinstance(node, torch.autograd.function.BackwardCFunction):
-                custom.add(node.name())
-    return Census(frozenset(ops), frozenset(custom), tuple(versions), attached)
+                custom.add(name)
+    return Census(frozenset(ops), frozenset(custom), tuple(versions), attached, reaches)
 
 
 @dataclass(frozen=True)
@@ -243,14 +251,13 @@ def op_name(node_name: str) -> str:
 def coupling_op(tape: Tape, cotangents: Sequence[Tensor], batch: int) -> str | None:
     """Name the op that lets a cotangent of the first samples reach the others.
 
-    ``cotangents`` are zero outside the first samples; going back from the output, the first op whose
-    incoming gradient keeps to them and whose outgoing one does not is the culprit.
+    ``cotangents`` are zero outside the first samples; going back from the output, the first op
+    whose incoming gradient keeps to them and whose outgoing one does not is the culprit.
     """
     found: list[str] = []
     sources = {source_node(x) for x in tape.inputs}
-    handles = []
-    for node in nodes_behind([y.grad_fn for y in tape.outputs], sources):
-        handles.append(node.register_hook(_watch(node.name(), batch, found)))
+    nodes = nodes_behind([y.grad_fn for y in tape.outputs], sources)
+    handles = [node.register_hook(_watch(node.name(), batch, found)) for node in nodes]
     try:
         live = [(y, u) for y, u in zip(tape.outputs, cotangents, strict=True) if y.requires_grad]
         outputs, seeds = zip(*live, strict=True)
