@@ -170,10 +170,10 @@ class Layout:
         """Cut ``(k, [B,] size)`` into one real tensor ``(k, [B,] *leaf)`` per active leaf."""
         if len(self.active) == 1:
             leaf = self.active[0]
-            return [flat.reshape(*flat.shape[:-1], *leaf.real_shape).to(leaf.real_dtype)]
+            return [flat.reshape((*flat.shape[:-1], *leaf.real_shape)).to(leaf.real_dtype)]
         parts = flat.split([leaf.size for leaf in self.active], dim=-1)
         return [
-            part.reshape(*flat.shape[:-1], *leaf.real_shape).to(leaf.real_dtype)
+            part.reshape((*flat.shape[:-1], *leaf.real_shape)).to(leaf.real_dtype)
             for part, leaf in zip(parts, self.active, strict=True)
         ]
 
