@@ -164,22 +164,27 @@ def _many(
     count: int,
     create: bool,
 ) -> list[Tensor]:
+    """All seeds through one backward pass under vmap.
+
+    Not ``is_grads_batched``: it runs on an older vmap, which lacks the rules of many ops (the
+    backward of tanh among them) and loops over the seeds there.
+    """
     live, cotangents = _live(outputs, seeds)
     if not live:
         return [x.new_zeros(count, *x.shape) for x in inputs]
-    gradients = torch.autograd.grad(
-        live,
-        inputs,
-        cotangents,
-        retain_graph=True,
-        create_graph=create,
-        allow_unused=True,
-        is_grads_batched=True,
-    )
-    return [
-        x.new_zeros(count, *x.shape) if g is None else g
-        for g, x in zip(gradients, inputs, strict=True)
-    ]
+
+    def pull(*each: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            live,
+            inputs,
+            each,
+            retain_graph=True,
+            create_graph=create,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    return list(torch.func.vmap(pull)(*cotangents))
 
 
 def _each(
