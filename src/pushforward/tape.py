@@ -130,7 +130,7 @@ def _source(leaf: Tensor, attach: bool) -> Tensor:
     leaf = as_real(leaf)
     if attach and leaf.requires_grad:
         return leaf.view_as(leaf)
-    return leaf.detach().clone().requires_grad_()
+    return leaf.detach().requires_grad_()
 
 
 def _fresh(arguments: Arguments, inputs: Sequence[Tensor]) -> list[Any]:
