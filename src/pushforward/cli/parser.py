@@ -1,0 +1,132 @@
+"""The words of the command line."""
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from pushforward import __version__
+from pushforward.cli.explain import run_explain
+from pushforward.cli.report import run_report
+from pushforward.report.data import FORMS as DATA_FORMS
+from pushforward.report.models import FORMS as MODEL_FORMS
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, among them ``run``, the function to call with them.
+
+    Raises:
+        SystemExit: with status 2 where the words make no sense, 0 after ``--help``.
+    """
+    return _parser().parse_args(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pushforward",
+        description="What the Jacobian says about a model.",
+        epilog="Exit status: 0 done, 2 usage, 3 a model or data set that cannot be loaded, 4 a map "
+        "that cannot be differentiated, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"pushforward {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    _add_report(commands)
+    _add_explain(commands)
+    return parser
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="measure a model's Jacobian over data and write report.html and report.json",
+        description="Measure the Jacobian of a model sample by sample and write DIR/report.html "
+        "and DIR/report.json. Without arguments a small residual net is trained on scikit-learn's "
+        "digits, kept in the user's cache, and measured on digits that it has not seen.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_FORMS)
+    _add_model_options(parser)
+    parser.add_argument("--data", metavar="DATA", help=DATA_FORMS)
+    parser.add_argument("--out", metavar="DIR", default=".", help="folder to write to (default: .)")
+    parser.add_argument(
+        "--layers",
+        metavar="GLOB",
+        action="append",
+        help="modules to take as single steps, such as 'layer*' (default: every leaf; repeatable)",
+    )
+    parser.add_argument(
+        "--samples", metavar="N", type=positive, default=64, help="samples to take (default: 64)"
+    )
+    parser.add_argument(
+        "--memory", metavar="BYTES", type=byte_count, help="budget, such as 500M or 2GiB"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the JSON on standard output, not the table"
+    )
+    parser.set_defaults(run=run_report)
+
+
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="print how the Jacobian of a model would be computed, without computing it",
+        description="Print the plan for the Jacobian of a model at inputs of a given shape.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_FORMS)
+    _add_model_options(parser)
+    parser.add_argument(
+        "--input",
+        metavar="SPEC",
+        action="append",
+        required=True,
+        help="dtype and shape of an input, such as 'f32[1,3,32,32]' (repeat for several)",
+    )
+    parser.set_defaults(run=run_explain)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="FILE", help=".safetensors to put into the model")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="load pickles (.pt, .pt2), which can run code"
+    )
+    parser.add_argument(
+        "--seed", metavar="S", type=natural, default=0, help="of all random draws (default: 0)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+# --- types of values ----------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0, small enough for a seed."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not re.fullmatch(r"\d{1,18}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+    return int(text)
+
+
+def byte_count(text: str) -> int:
+    """Bytes: ``500000``, ``500M`` and ``2GiB`` in powers of 1024, ``2GB`` in powers of 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 500M or 2GiB, got {text!r}")
+    number, unit, suffix = match.groups()
+    scale = _UNITS[unit.upper()]
+    if (suffix or "").upper() == "B":
+        scale = 1000 ** list(_UNITS).index(unit.upper())
+    return _at_least_one(int(float(number) * scale), text)
+
+
+def _at_least_one(count: int, text: str) -> int:
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least one byte, got {text!r}")
+    return count
