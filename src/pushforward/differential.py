@@ -81,7 +81,7 @@ def laplacian(f: Callable[..., Any], x: Any, batch_dim: int | None = None) -> An
         tensor(18.)
     """
     arguments = Arguments.of((x,), 0, batch_dim)
-    tape = record(f, arguments, batch_dim)
+    tape = record(f, arguments, batch_dim, order=2)
     _refuse_complex(tape)
     check_samples(Problem(Linearization(tape), "jacobian", None, None))
     if tape.codomain.size == 1:
@@ -102,7 +102,7 @@ def _scalar_laplacian(
     f: Callable[..., Any], arguments: Arguments, batch_dim: int | None, tape: Tape
 ) -> Any:
     """The trace of the Hessian, from Hessian-vector products with unit vectors."""
-    linear = Linearization(record_gradient(f, arguments, batch_dim, tape.state), order=2)
+    linear = Linearization(record_gradient(f, arguments, batch_dim, tape.state))
     total = torch.zeros(tape.domain.lead, dtype=tape.codomain.dtype, device=tape.domain.device)
     for start, stop in blocks(tape.domain.size, _CHUNK):
         strip = linear.rows(start, stop)
@@ -136,6 +136,8 @@ def _second_derivatives(linear: Linearization, start: int, stop: int, wanted: bo
         each = torch.eye(len(w), dtype=w.dtype, device=w.device)
         gradients = linear.pull_from(tangents, each.reshape(*each.shape, *(1,) * (w.dim() - 1)) * w)
         diagonal = gradients[..., start:stop].diagonal(dim1=0, dim2=-1)
+        if not diagonal.requires_grad:
+            return torch.zeros_like(tangents[0])
         (second,) = torch.autograd.grad(
             diagonal.sum(), w, create_graph=wanted, retain_graph=True, materialize_grads=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -208,7 +209,7 @@ class Jacobian(LinearOperator):
             [
                 self._domain.arrange(
                     [
-                        block.reshape(*block.shape[:-2], *out.real_shape, *into.real_shape)
+                        block.reshape((*block.shape[:-2], *out.real_shape, *into.real_shape))
                         for block, into in zip(blocks_of_row, self._domain.active, strict=True)
                     ]
                 )
@@ -237,7 +238,7 @@ class Jacobian(LinearOperator):
         sparse = self._coo()
         if layout == "coo":
             return sparse
-        return sparse.to_sparse_csr() if layout == "csr" else _to_scipy_csr(sparse)
+        return _to_csr(sparse) if layout == "csr" else _to_scipy_csr(sparse)
 
     def _coo(self) -> Tensor:
         indices, values = [], []
@@ -329,6 +330,12 @@ def _vector_message(vector: Any, side: Layout, expectation: str) -> str:
     )
 
 
+def _to_csr(sparse: Tensor) -> Tensor:
+    with warnings.catch_warnings():  # torch says at each start that CSR is in beta
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        return sparse.to_sparse_csr()
+
+
 def _to_scipy_csr(sparse: Tensor) -> Any:
     rows, columns = sparse.indices().cpu().numpy()
     values = sparse.values().detach().cpu().numpy()
@@ -388,7 +395,7 @@ def hessian(
 
     Args:
         f: a callable or module with one output scalar (per sample with ``batch_dim=0``).
-        *args, argnums, batch_dim, plan, memory: as in `jacobian`; strategies are "reverse", "loop".
+        *args, argnums, batch_dim, plan, memory: as in `jacobian`; strategies are "reverse" and "loop".
 
     Returns:
         A `Jacobian` of the gradient, n x n; ``dense()`` is ``in.shape + in.shape``, ``value`` is
@@ -478,12 +485,11 @@ def _linearise(
     quantity: str,
     memory: int | None,
 ) -> tuple[Linearization, Cost | None]:
-    order = 2 if quantity == "hessian" else 1
-    make: Callable[..., Tape] = record_gradient if order == 2 else record
+    make: Callable[..., Tape] = record_gradient if quantity == "hessian" else record
     if memory is None:
-        return Linearization(make(f, arguments, batch_dim), order), None
+        return Linearization(make(f, arguments, batch_dim)), None
     tape, cost = measure(lambda: make(f, arguments, batch_dim))
-    return Linearization(tape, order), cost
+    return Linearization(tape), cost
 
 
 def _recipe(problem: Problem, f: Callable[..., Any], wanted: str, arguments: Arguments) -> Recipe:

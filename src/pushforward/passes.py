@@ -8,23 +8,16 @@ torch is ever used: nested ones are silently wrong for several ops, and some ops
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from pushforward.composites import UNFIT_THIRD
 from pushforward.errors import DifferentiationError
-from pushforward.purity import recording
-from pushforward.tape import (
-    LinearHead,
-    Tape,
-    linear_head,
-    record,
-    record_gradient,
-    refuse_stale,
-)
+from pushforward.purity import outside_inference, quiet_vmap, recording
+from pushforward.tape import LinearHead, Tape, linear_head, record_again, refuse_stale
 
 Source = Tensor | GradientEdge
 
@@ -39,7 +32,6 @@ class Linearization:
     """
 
     tape: Tape
-    order: int = 1
     batched: bool = True
     graph_wanted: bool = False
     _transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = field(default=None)
@@ -62,13 +54,7 @@ class Linearization:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the Jacobian, ``(k, [B,] n)``."""
-        head = linear_head(self.tape) if self.batched else None
-        if head is not None:
-            return self._retrying(lambda: self._pull_from(head, start, stop))
-        codomain = self.tape.codomain
-        return self.pull(
-            _unit_vectors(start, stop, codomain.size, codomain.lead, self.tape.outputs)
-        )
+        return self._retrying(lambda: self._rows(start, stop))
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns ``start`` to ``stop`` of the Jacobian, ``(k, [B,] m)``."""
@@ -91,6 +77,14 @@ class Linearization:
         gradients = self._grad(pulled, cotangents, parts, len(tangents))
         return self.tape.codomain.join(gradients)
 
+    def _rows(self, start: int, stop: int) -> Tensor:
+        head = linear_head(self.tape) if self.batched else None
+        if head is not None:
+            return self._pull_from(head, start, stop)
+        codomain = self.tape.codomain
+        units = _unit_vectors(start, stop, codomain.size, codomain.lead, self.tape.outputs)
+        return self._pull(units)
+
     def _pull_from(self, head: LinearHead, start: int, stop: int) -> Tensor:
         weight = head.weight if self.keeps_graph else head.weight.detach()
         seeds = weight[start:stop].unsqueeze(1).expand(stop - start, *head.hidden_shape)
@@ -100,12 +94,21 @@ class Linearization:
     def _transpose(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The cotangent u and the linear map J^T u of it, as a graph."""
         if self._transposed is None:
+            tape = self._tape_to_transpose()
             with recording():
-                u = tuple(torch.zeros_like(y).requires_grad_() for y in self.tape.outputs)
+                u = tuple(torch.zeros_like(y).requires_grad_() for y in tape.outputs)
                 parts = [part.unsqueeze(0) for part in u]
-                pulled = _one(self.tape.outputs, self.tape.inputs, parts, 0, True)
+                pulled = _one(tape.outputs, tape.inputs, parts, 0, True)
             self._transposed = (u, tuple(pulled))
         return self._transposed
+
+    def _tape_to_transpose(self) -> Tape:
+        """The tape, or one made of ops that can be differentiated once more, if that is wanted."""
+        tape = self.tape
+        if tape.order > 1 or not tape.census.attached or not tape.census.ops & UNFIT_THIRD:
+            return tape
+        with torch.enable_grad():  # it was attached when it was made, whatever holds now
+            return record_again(tape, order=2)
 
     def _grad(
         self,
@@ -123,16 +126,17 @@ class Linearization:
 
     def _retrying(self, product: Callable[[], Tensor]) -> Tensor:
         """Record the tape again where somebody's backward pass has freed its graph."""
-        try:
-            return product()
-        except RuntimeError as error:
-            if not _freed(error):
-                raise _explained(error) from error
+        with outside_inference():
+            try:
+                return product()
+            except RuntimeError as error:
+                if not _freed(error):
+                    raise _explained(error) from error
+            return self._afresh(product)
+
+    def _afresh(self, product: Callable[[], Tensor]) -> Tensor:
         refuse_stale(self.tape)
-        again = record if self.order == 1 else record_gradient
-        tape = self.tape
-        batch_dim = None if tape.domain.batch is None else 0
-        self.tape = again(tape.function, tape.arguments, batch_dim, tape.state)
+        self.tape = record_again(self.tape)
         self._transposed = None
         return product()
 
@@ -146,15 +150,14 @@ def gradients_of(
     batched: bool,
 ) -> tuple[list[Tensor], bool]:
     """Gradients ``(k, *input)`` for ``k`` seeds ``(k, *output)``, and whether one pass did it."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        if batched and count > 1:
-            try:
-                return _many(outputs, inputs, seeds, count, create), True
-            except RuntimeError as error:
-                if _freed(error):
-                    raise
-                batched = False
-        return _each(outputs, inputs, seeds, count, create), batched
+    if batched and count > 1:
+        try:
+            return _many(outputs, inputs, seeds, count, create), True
+        except RuntimeError as error:
+            if _freed(error):
+                raise
+            batched = False
+    return _each(outputs, inputs, seeds, count, create), batched
 
 
 def _many(
@@ -184,7 +187,8 @@ def _many(
             materialize_grads=True,
         )
 
-    return list(torch.func.vmap(pull)(*cotangents))
+    with quiet_vmap():
+        return list(torch.func.vmap(pull)(*cotangents))
 
 
 def _each(

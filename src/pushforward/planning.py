@@ -7,7 +7,7 @@ apply. All stand in `STRATEGIES`; the cheapest candidate wins.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,6 @@ from pushforward.errors import (
 )
 from pushforward.meter import Cost, measure
 from pushforward.passes import Linearization
-from pushforward.purity import modules_of
 from pushforward.tape import coupling_op, op_name
 
 QUANTITIES = ("jacobian", "hessian")
@@ -115,7 +114,7 @@ class Candidate:
 
 def reverse(problem: Problem) -> Candidate | str:
     """Row by row: one backward pass for each output, many in one batch."""
-    if problem.quantity == "jacobian" and not problem.linear.batched:
+    if not problem.linear.batched:
         return "not all of its ops can run under vmap"
     return _by_rows(problem, "reverse")
 
@@ -153,7 +152,8 @@ def forward(problem: Problem) -> Candidate | str:
 def _why_not_forward(problem: Problem) -> str | None:
     """Try <u, J v> = <J^T u, v>, which fails where a second derivative is missing or wrong."""
     linear = problem.linear
-    v, u = problem.random(linear.tape.domain, 1)[0], problem.random(linear.tape.codomain, 2)[1]
+    v = torch.cat(problem.random(linear.tape.domain, 2))
+    (u,) = problem.random(linear.tape.codomain, 1)
     try:
         with torch.no_grad():
             pushed, pulled = linear.push(v), linear.pull(u)
@@ -192,7 +192,7 @@ class Recipe:
 
 def choose(problem: Problem, wanted: str) -> Recipe:
     """Check the map, ask the strategies, take the cheapest and size its chunks."""
-    notes = check_samples(problem)
+    notes = check_samples(problem) + check_batching(problem)
     asked = _asked(problem, wanted)
     candidates = [c for c in asked.values() if isinstance(c, Candidate)]
     if not candidates:
@@ -244,7 +244,7 @@ def chunk_size(problem: Problem, candidate: Candidate) -> int:
             f"graph and {one} for a single pass; raise it, or take fewer samples at a time"
         )
     # Half of the room for the passes of a chunk, the other half for what is made of them.
-    return max(1, min(passes, room // (2 * one)))
+    return max(1, min(passes, room // (2 * max(one, 1))))
 
 
 def check_samples(problem: Problem) -> tuple[str, ...]:
@@ -261,19 +261,54 @@ def check_samples(problem: Problem) -> tuple[str, ...]:
     return ("samples are independent: checked",)
 
 
+def check_batching(problem: Problem) -> tuple[str, ...]:
+    """Go one by one where several cotangents at once give other numbers than each alone."""
+    linear = problem.linear
+    if not linear.batched or problem.m < 2:
+        return ()
+    cotangents = problem.random(linear.tape.codomain, 2)
+    with torch.no_grad():
+        together = linear.pull(torch.cat(cotangents))
+        apart = torch.cat([linear.pull(u) for u in cotangents])
+    scale = apart.abs().amax().nan_to_num(posinf=0.0)
+    if not linear.batched or _agree(together, apart, scale):
+        return ()
+    linear.batched = False
+    return ("vmap of the backward gives wrong numbers here: cotangents go one by one",)
+
+
 def samples_independent(problem: Problem) -> bool:
     """Compare the gradients of random cotangents with those of the same ones scaled."""
     linear = problem.linear
     (u,) = problem.random(linear.tape.codomain, 1)
-    generator = torch.Generator().manual_seed(1)
-    powers = torch.randint(-3, 4, (problem.samples,), generator=generator)
-    signs = 1 - 2 * torch.randint(0, 2, (problem.samples,), generator=generator)
-    scale = (signs * torch.exp2(powers.float())).to(u.device, u.dtype).reshape(1, -1, 1)
     with torch.no_grad():
-        plain, scaled = linear.pull(u), linear.pull(u * scale)
-    expected = plain * scale.to(plain.dtype)
-    tolerance = 64 * torch.finfo(plain.dtype).eps * expected.abs().amax(-1, keepdim=True)
-    return bool(((scaled - expected).abs() <= tolerance).logical_or(expected.isnan()).all())
+        plain = linear.pull(u)
+        for scale in sample_scales(problem.samples):
+            factor = scale.to(u.device, u.dtype).reshape(1, -1, 1)
+            if not _scaled_alike(plain * factor.to(plain.dtype), linear.pull(u * factor)):
+                return False
+    return True
+
+
+def sample_scales(samples: int) -> Iterator[Tensor]:
+    """Signed powers of two, (B,), in as few rounds as tell every two samples apart in one.
+
+    A pair with the same scale in all rounds could hide its coupling: samples get the digits of
+    their number.
+    """
+    digits = torch.tensor([sign * 2.0**k for k in range(-3, 4) for sign in (1, -1)])
+    left = torch.arange(samples)
+    while True:
+        yield digits[left % len(digits)]
+        left = left // len(digits)
+        if not left.any():
+            return
+
+
+def _scaled_alike(expected: Tensor, came: Tensor) -> bool:
+    tolerance = 64 * torch.finfo(expected.dtype).eps * expected.abs().amax(-1, keepdim=True)
+    close = (came - expected).abs() <= tolerance
+    return bool((close | ~torch.isfinite(expected)).all())
 
 
 def _coupling_message(problem: Problem, batch: int) -> str:
@@ -281,16 +316,11 @@ def _coupling_message(problem: Problem, batch: int) -> str:
     (u,) = problem.random(tape.codomain, 1)
     u[:, (batch + 1) // 2 :] = 0
     op = coupling_op(tape, [part[0] for part in tape.codomain.split(u)], batch)
-    training = [
-        type(module).__name__
-        for module in modules_of(tape.function)
-        if module.training and "BatchNorm" in type(module).__name__
-    ]
-    advice = "call .eval() on it first" if training else "use batch_dim=None for one map"
-    named = f" ({', '.join(sorted(set(training)))} in training mode)" if training else ""
+    trains = "norm" in (op or "") and any(tape.mode)
+    advice = "call .eval() on the model first, or " if trains else ""
     return (
         "batch_dim=0 expects independent samples, but they influence each other through "
-        f"{op or 'an op'}{named}; {advice}"
+        f"{op or 'an op'}; {advice}use batch_dim=None for one map of the whole batch"
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 @dataclass(frozen=True)
@@ -44,82 +46,73 @@ def replayed(state: RandomState | None = None) -> Iterator[None]:
         before.restore()
 
 
-def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
-    """Every module that a callable can reach: itself, its owner, what it closes over or names."""
-    found: dict[int, nn.Module] = {}
-    pending: list[Any] = [function]
-    seen: set[int] = set()
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, nn.Module):
-            found.update((id(module), module) for module in item.modules())
-        else:
-            pending.extend(_held_by(item))
-    return list(found.values())
-
-
-def _held_by(item: Any) -> list[Any]:
-    """What a callable or container holds that could be, or lead to, a module."""
-    if isinstance(item, functools.partial):
-        return [item.func, *item.args, *item.keywords.values()]
-    if isinstance(item, (list, tuple)):
-        return [part for part in item if callable(part)]
-    if isinstance(item, dict):
-        return [part for part in item.values() if callable(part)]
-    owner = getattr(item, "__self__", None)
-    code = getattr(item, "__code__", None)
-    if not isinstance(code, CodeType):
-        return [owner] if isinstance(owner, nn.Module) else []
-    return [owner, getattr(item, "__func__", None), *_closure(item), *_globals(item, code)]
-
-
-def _closure(function: Any) -> list[Any]:
-    held = [*(function.__defaults__ or ())]
-    for cell in function.__closure__ or ():
-        try:
-            held.append(cell.cell_contents)
-        except ValueError:  # the name is bound only after the function is made
-            continue
-    return [part for part in held if callable(part) or isinstance(part, (list, tuple, dict))]
-
-
-def _globals(function: Any, code: CodeType) -> list[Any]:
-    space = function.__globals__
-    named = [space[name] for name in code.co_names if name in space]
-    return [part for part in named if isinstance(part, nn.Module) or _beside(part, space)]
-
-
-def _beside(part: Any, space: dict[str, Any]) -> bool:
-    """Whether it is a function of the same file, which may name modules in its turn."""
-    return isinstance(part, FunctionType) and part.__globals__ is space
-
-
 @contextmanager
-def borrowed_buffers(modules: list[nn.Module]) -> Iterator[None]:
-    """Give each module copies of its buffers for a while.
+def borrowed_buffers(function: Callable[..., Any]) -> Iterator[list[nn.Module]]:
+    """Give each module that a function runs copies of its buffers for a while.
 
     Copies rather than a restore afterwards: writing a buffer back would raise its version counter
-    and break every graph that saved it.
+    and break every graph that saved it. Yields the modules, as they are met.
     """
-    originals = [(m, dict(m._buffers)) for m in modules if any(_values(m._buffers))]
-    copies: dict[int, Tensor] = {}
-    for module, buffers in originals:
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+    loan = _Loan()
+    owner = _module_of(function)
+    handle = None
+    if owner is None:
+        handle = register_module_forward_pre_hook(loan.hook)
+    else:
+        loan.take(owner)
     try:
-        yield
+        yield loan.modules
     finally:
-        for module, buffers in originals:
+        if handle is not None:
+            handle.remove()
+        loan.give_back()
+
+
+def _module_of(function: Any) -> nn.Module | None:
+    """The module that a callable is, or is a method of."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+class _Loan:
+    """Which modules work on copies of their buffers now."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self._thread = threading.get_ident()
+        self._met: set[int] = set()
+        self._originals: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._copies: dict[int, Tensor] = {}
+
+    def hook(self, module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self.take(module)
+
+    def take(self, module: nn.Module) -> None:
+        if id(module) in self._met:
+            return
+        for part in module.modules():
+            if id(part) not in self._met:
+                self._met.add(id(part))
+                self.modules.append(part)
+                self._lend(part)
+
+    def _lend(self, module: nn.Module) -> None:
+        if not module._buffers:
+            return
+        self._originals.append((module, dict(module._buffers)))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in self._copies:
+                    self._copies[id(buffer)] = buffer.clone()
+                module._buffers[name] = self._copies[id(buffer)]
+
+    def give_back(self) -> None:
+        for module, buffers in self._originals:
             module._buffers.clear()
             module._buffers.update(buffers)
-
-
-def _values(buffers: dict[str, Tensor | None]) -> list[bool]:
-    return [buffer is not None for buffer in buffers.values()]
 
 
 @contextmanager
@@ -148,19 +141,46 @@ def _switch_attention(flash: bool, efficient: bool, cudnn: bool, math: bool) -> 
 
 
 @contextmanager
-def recording() -> Iterator[None]:
-    """Gradients on and inference mode off."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    else:
-        with torch.enable_grad():
-            yield
+def without_mkldnn() -> Iterator[None]:
+    """Run recurrent layers by their steps: the fused CPU kernel has no second derivative."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 @contextmanager
-def untouched(modules: list[nn.Module], state: RandomState | None = None) -> Iterator[None]:
-    """Run a user's function so that nothing of it is visible afterwards, and so that it can be
-    differentiated."""
-    with recording(), replayed(state), borrowed_buffers(modules), math_attention():
+def outside_inference() -> Iterator[None]:
+    """Inference mode off, but gradients as it leaves them: off too."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
         yield
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Gradients on and inference mode off."""
+    with outside_inference(), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Silence vmap's remark that an op has no rule and is looped over: the result is the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+@contextmanager
+def untouched(
+    function: Callable[..., Any], state: RandomState | None = None
+) -> Iterator[list[nn.Module]]:
+    """Run a user's function so that nothing of it is visible afterwards, and so that it can be
+    differentiated. Yields the modules that it runs, as they are met."""
+    with recording(), replayed(state), borrowed_buffers(function) as modules, math_attention():
+        yield modules

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from pushforward.boundary import Arguments, Layout, as_real
+from pushforward.composites import UNFIT, UNFIT_THIRD, composites
 from pushforward.errors import DifferentiationError, InputError, ShapeError
-from pushforward.purity import RandomState, modules_of, recording, untouched
+from pushforward.purity import RandomState, recording, untouched
 
 # det's backward takes an SVD when it runs under vmap with gradients on, and that SVD has no
 # derivative where singular values repeat. One cotangent at a time it solves with LU instead.
@@ -40,10 +41,16 @@ class Tape:
     codomain: Layout
     census: Census
     mode: tuple[bool, ...]
+    order: int = 1
+    is_gradient: bool = False
 
     @property
     def domain(self) -> Layout:
         return self.arguments.domain
+
+    @property
+    def batch_dim(self) -> int | None:
+        return None if self.domain.batch is None else 0
 
 
 @dataclass(frozen=True)
@@ -72,24 +79,45 @@ def record(
     arguments: Arguments,
     batch_dim: int | None,
     state: RandomState | None = None,
+    order: int = 1,
 ) -> Tape:
-    """Evaluate a map once and keep its graph; with gradients off, keep only what leads to it."""
+    """Evaluate a map once and keep its graph; with gradients off, keep only what leads to it.
+
+    ``order`` is how often the graph is to be differentiated, the gradients of results not counted.
+    """
     state = state or RandomState.now()
+    tape = _evaluate(function, arguments, batch_dim, state)
+    unfit = UNFIT if order == 1 else UNFIT | UNFIT_THIRD
+    if tape.census.ops & unfit:
+        with composites():
+            composed = _evaluate(function, arguments, batch_dim, state)
+        tape = replace(composed, value=tape.value)
+    return replace(tape, order=order)
+
+
+def _evaluate(
+    function: Callable[..., Any], arguments: Arguments, batch_dim: int | None, state: RandomState
+) -> Tape:
     attach = torch.is_grad_enabled()
-    modules = modules_of(function)
-    with untouched(modules, state):
+    with untouched(function, state) as modules:
         inputs = tuple(_source(leaf, attach) for leaf in _active(arguments))
         value = function(*arguments.substitute(_fresh(arguments, inputs)))
         leaves, codomain = _outputs(value, arguments, batch_dim)
         outputs = tuple(as_real(leaf) for leaf in codomain.select(leaves))
-    census = take_census(outputs, inputs)
-    attached = attach and (census.attached or any(x.grad_fn is not None for x in inputs))
-    if not attached:
+        census = _census_of_tape(arguments, inputs, outputs, attach)
+    if not census.attached:
         value = _detached(leaves, codomain)
-    given = [(x, x._version) for x in _active(arguments) if not x.is_inference()]
-    census = replace(census, attached=attached, versions=(*census.versions, *given))
     mode = tuple(module.training for module in modules)
     return Tape(function, arguments, state, value, inputs, outputs, codomain, census, mode)
+
+
+def _census_of_tape(
+    arguments: Arguments, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attach: bool
+) -> Census:
+    census = take_census(outputs, inputs)
+    attached = attach and (census.attached or any(x.grad_fn is not None for x in inputs))
+    given = [(x, x._version) for x in _active(arguments) if not x.is_inference()]
+    return replace(census, attached=attached, versions=(*census.versions, *given))
 
 
 def record_gradient(
@@ -99,7 +127,7 @@ def record_gradient(
     state: RandomState | None = None,
 ) -> Tape:
     """Record the gradient of a scalar map as a map in its own right, domain to domain."""
-    tape = record(function, arguments, batch_dim, state)
+    tape = record(function, arguments, batch_dim, state, order=2)
     if tape.codomain.size != 1:
         per = " per sample" if batch_dim == 0 else ""
         raise ShapeError(
@@ -109,7 +137,13 @@ def record_gradient(
     with recording():
         gradient = _gradient(tape)
     census = replace(take_census(gradient, tape.inputs), attached=tape.census.attached)
-    return replace(tape, outputs=gradient, codomain=tape.domain, census=census)
+    return replace(tape, outputs=gradient, codomain=tape.domain, census=census, is_gradient=True)
+
+
+def record_again(tape: Tape, order: int | None = None) -> Tape:
+    """Record the same map at the same point with the same random numbers."""
+    again = tape.function, tape.arguments, tape.batch_dim, tape.state
+    return record_gradient(*again) if tape.is_gradient else record(*again, order or tape.order)
 
 
 def _gradient(tape: Tape) -> tuple[Tensor, ...]:
@@ -130,7 +164,8 @@ def _source(leaf: Tensor, attach: bool) -> Tensor:
     leaf = as_real(leaf)
     if attach and leaf.requires_grad:
         return leaf.view_as(leaf)
-    return leaf.detach().requires_grad_()
+    own = leaf.clone() if leaf.is_inference() else leaf
+    return own.detach().requires_grad_()
 
 
 def _fresh(arguments: Arguments, inputs: Sequence[Tensor]) -> list[Any]:

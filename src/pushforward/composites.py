@@ -1,0 +1,144 @@
+"""Ops of torch that lack a derivative or have a wrong one, written out in ops that have theirs.
+
+A tape is recorded with the composites only where one of these ops was met and its own formulas do
+not do: the fused ops are faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pushforward.purity import without_mkldnn
+
+# No second derivative, or a wrong first one under vmap: cdist's backward gives each row of the
+# Jacobian the entries of others there.
+UNFIT = frozenset({"CdistBackward0", "PdistBackward0", "MkldnnRnnLayerBackward0"})
+# Right twice, wrong the third time: the second derivative takes the saved mean for a constant.
+UNFIT_THIRD = frozenset({"NativeLayerNormBackward0", "NativeBatchNormBackward0"})
+
+
+@contextmanager
+def composites() -> Iterator[None]:
+    """Run these ops, and recurrent layers, as compositions of ops with all their derivatives."""
+    with _Composites(), without_mkldnn():
+        yield
+
+
+class _Composites(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _TABLE.get(func, func)(*args, **(kwargs or {}))
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the last axes, times weight, plus bias."""
+    axes = tuple(range(-len(tuple(normalized_shape)), 0))
+    return _affine(_standardised(input, axes, eps), weight, bias)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Each channel with the mean and variance of the batch, or with the running ones."""
+    axes = tuple(i for i in range(input.dim()) if i != 1)
+    return _normalised(input, axes, running_mean, running_var, weight, bias, training, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Each channel of each sample with its own mean and variance, or with the running ones."""
+    axes = tuple(range(2, input.dim()))
+    return _normalised(input, axes, running_mean, running_var, weight, bias, use_input_stats, eps)
+
+
+def _normalised(
+    input: Tensor,
+    axes: tuple[int, ...],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    own: bool,
+    eps: float,
+) -> Tensor:
+    shape = (-1, *(1,) * (input.dim() - 2))
+    scale, shift = (None if t is None else t.reshape(shape) for t in (weight, bias))
+    if own or running_mean is None or running_var is None:
+        return _affine(_standardised(input, axes, eps), scale, shift)
+    centred = input - running_mean.reshape(shape)
+    return _affine(centred * (running_var.reshape(shape) + eps).rsqrt(), scale, shift)
+
+
+def _standardised(input: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    centred = input - input.mean(axes, keepdim=True)
+    return centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scaled = normal if weight is None else normal * weight
+    return scaled if bias is None else scaled + bias
+
+
+def cdist(
+    x1: Tensor,
+    x2: Tensor,
+    p: float = 2.0,
+    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
+) -> Tensor:
+    """|x1_i - x2_j|_p; its derivative is 0 where two points coincide."""
+    return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+
+
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    """|x_i - x_j|_p for i < j."""
+    rows, columns = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _norm(input[rows] - input[columns], p)
+
+
+def _norm(offset: Tensor, p: float) -> Tensor:
+    if p == math.inf:
+        return offset.abs().amax(-1)
+    return torch.linalg.vector_norm(offset, p, dim=-1)
+
+
+_TABLE: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    torch.nn.functional.batch_norm: batch_norm,
+    torch.batch_norm: batch_norm,
+    torch.nn.functional.instance_norm: instance_norm,
+    torch.instance_norm: instance_norm,
+    torch.cdist: cdist,
+    torch.pdist: pdist,
+    torch.nn.functional.pdist: pdist,
+}
