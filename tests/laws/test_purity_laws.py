@@ -86,7 +86,6 @@ def test_a_point_that_wants_gradients_is_left_alone(case: Case):
     problem = case.make()
     x = problem.x.clone().requires_grad_()
     jacobian(Problem(problem.f, (x,))).fro_norm().backward()
-    assert x.grad is not None
     assert x.is_leaf
     assert x.requires_grad
 

@@ -1,6 +1,7 @@
 """Results train: their gradients are those of reverse mode over reverse mode, one row at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,13 +62,15 @@ def _at(problem: Problem, x: Tensor) -> Problem:
     return Problem(problem.f, (x,), parameters=problem.parameters)
 
 
-def _or_refused(problem: Problem, compute: Callable[[], list[Tensor]]) -> list[Tensor] | None:
-    """Gradients, or None where torch has no second derivative and somebody says so."""
+def _or_refused(problem: Problem, compute: Callable[[], Any]) -> Any:
+    """Gradients, or None where torch has no second derivative and says so."""
+    if problem.reference is None:
+        return compute()
     try:
         return compute()
     except (pf.errors.DifferentiationError, RuntimeError) as error:
-        assert problem.reference is not None, f"{error!r} although a derivative exists"
-        assert "not implemented" in str(error)
+        if "not implemented" not in str(error):
+            raise
         return None
 
 
@@ -141,7 +144,7 @@ def test_gradients_through_volumes_of_maps_between_dimensions(quantity: str, sha
 
 
 @pytest.mark.parametrize("strategy", ["reverse", "forward", "loop"])
-@over("network", without=("tree", "random", "coupled"))
+@over(without=("tree", "random", "complex", "empty"))
 def test_every_plan_trains(case: Case, strategy: str):
     problem = case.make()
     x, wanted = attached(problem)
@@ -150,7 +153,7 @@ def test_every_plan_trains(case: Case, strategy: str):
     except pf.errors.PlanError as refusal:
         pytest.skip(str(refusal)[:100])
     of = functional(problem)
-    shape = problem.f(problem.x).shape + problem.x.shape
+    shape = problem.oracle_map(problem.x).shape + problem.x.shape
     expected = reverse_over_reverse(of, problem.oracle_map, problem.x, problem.parameters)
     assert_gradients(gradients(of(J.matrix().reshape(shape)), wanted), expected)
 
@@ -194,12 +197,9 @@ SMALL = [
 def test_laplacian_equals_the_loop(case: Case):
     problem = case.make()
     expected = loop_laplacian(problem.oracle_map, problem.x)
-    try:
-        actual = pf.laplacian(problem.f, problem.x)
-    except (pf.errors.DifferentiationError, RuntimeError) as error:
-        assert problem.reference is not None, f"{error!r} although a derivative exists"
-        return
-    torch.testing.assert_close(actual.detach(), expected, **RIGHT)
+    actual = _or_refused(problem, lambda: pf.laplacian(problem.f, problem.x).detach())
+    if actual is not None:
+        torch.testing.assert_close(actual, expected, **RIGHT)
 
 
 @over("batched", "network", without=("random",))

@@ -74,8 +74,13 @@ def instance_norm() -> Problem:
 @case("batch_norm_train", "coupled", "square", "stateful", "network")
 def batch_norm_train() -> Problem:
     problem = of_module(lambda: nn.BatchNorm1d(4), randn(5, 4), train=True)
+    weight, bias = problem.parameters
+    normalised = _over_axes((0,))
     return Problem(
-        problem.f, problem.args, reference=_over_axes((0,)), parameters=problem.parameters
+        problem.f,
+        problem.args,
+        reference=lambda x: normalised(x) * weight + bias,
+        parameters=problem.parameters,
     )
 
 

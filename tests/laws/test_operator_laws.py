@@ -1,0 +1,168 @@
+"""Laws that every `LinearOperator` obeys, whatever it is made of."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from lawbook import EXACT, normal
+from torch import Tensor
+
+import pushforward as pf
+
+
+class Diagonal(pf.LinearOperator):
+    """A diagonal matrix, as a user would write it."""
+
+    def __init__(self, entries: Tensor) -> None:
+        super().__init__((len(entries), len(entries)), dtype=entries.dtype)
+        self.entries = entries
+
+    def push(self, v: Tensor) -> Tensor:
+        return self.entries[:, None] * v
+
+    def pull(self, u: Tensor) -> Tensor:
+        return self.entries[:, None] * u
+
+
+def _of_matrix(matrix: Tensor) -> pf.LinearOperator:
+    return pf.aslinearoperator(
+        tuple(matrix.shape), lambda v: matrix @ v, lambda u: matrix.mT @ u, dtype=matrix.dtype
+    )
+
+
+def _network(x: Tensor) -> Tensor:
+    return torch.tanh(normal(3, 4, seed=1) @ x)
+
+
+OPERATORS: dict[str, Callable[[], pf.LinearOperator]] = {
+    "jacobian_wide": lambda: pf.jacobian(_network, normal(4)),
+    "jacobian_tall": lambda: pf.jacobian(lambda x: torch.cat([x, x.sin()]), normal(3)),
+    "jacobian_by_columns": lambda: pf.jacobian(
+        lambda x: torch.cat([x, x.sin()]), normal(3), plan="forward"
+    ),
+    "jacobian_one_by_one": lambda: pf.jacobian(_network, normal(4), plan="loop"),
+    "jacobian_to_one": lambda: pf.jacobian(lambda x: x.prod(), normal(4)),
+    "jacobian_from_one": lambda: pf.jacobian(lambda t: normal(3) * t.sin(), normal(1)),
+    "jacobian_complex": lambda: pf.jacobian(lambda z: z * z, torch.complex(normal(2), normal(2))),
+    "hessian": lambda: pf.hessian(lambda x: x.prod() + (x**3).sum(), normal(4)),
+    "hessian_one_by_one": lambda: pf.hessian(lambda x: x.prod(), normal(4), plan="loop"),
+    "of_functions": lambda: _of_matrix(normal(3, 4)),
+    "of_functions_tall": lambda: _of_matrix(normal(5, 2)),
+    "subclass": lambda: Diagonal(normal(4)),
+    "transpose": lambda: _of_matrix(normal(3, 4)).T,
+    "transpose_of_jacobian": lambda: pf.jacobian(_network, normal(4)).T,
+    "one_by_one": lambda: _of_matrix(normal(1, 1)),
+    "no_rows": lambda: _of_matrix(normal(0, 3)),
+    "no_columns": lambda: _of_matrix(normal(3, 0)),
+    "zero": lambda: _of_matrix(torch.zeros(3, 3, dtype=torch.float64)),
+}
+
+
+@pytest.fixture(params=OPERATORS)
+def operator(request: pytest.FixtureRequest) -> pf.LinearOperator:
+    return OPERATORS[request.param]()
+
+
+def test_adjointness(operator: pf.LinearOperator):
+    m, n = operator.shape
+    v, u = normal(n, 3, seed=1), normal(m, 3, seed=2)
+    left, right = (u * (operator @ v)).sum(0), ((operator.T @ u) * v).sum(0)
+    torch.testing.assert_close(left, right, **EXACT)
+
+
+def test_linearity(operator: pf.LinearOperator):
+    m, n = operator.shape
+    v, w, u, z = (normal(s, 2, seed=i) for i, s in enumerate((n, n, m, m)))
+    for product, a, b in ((operator.push, v, w), (operator.pull, u, z)):
+        torch.testing.assert_close(product(2 * a - b), 2 * product(a) - product(b), **EXACT)
+
+
+def test_columns_of_a_block(operator: pf.LinearOperator):
+    m, n = operator.shape
+    v, u = normal(n, 3, seed=1), normal(m, 3, seed=2)
+    for k in range(3):
+        torch.testing.assert_close(operator.push(v)[:, k], operator.push(v[:, [k]])[:, 0], **EXACT)
+        torch.testing.assert_close(operator.pull(u)[:, k], operator.pull(u[:, [k]])[:, 0], **EXACT)
+
+
+def test_unit_vectors_make_the_matrix(operator: pf.LinearOperator):
+    m, n = operator.shape
+    matrix = operator.matrix()
+    assert matrix.shape == (m, n)
+    torch.testing.assert_close(operator.push(torch.eye(n, dtype=matrix.dtype)), matrix, **EXACT)
+    torch.testing.assert_close(operator.pull(torch.eye(m, dtype=matrix.dtype)), matrix.mT, **EXACT)
+
+
+def test_transpose(operator: pf.LinearOperator):
+    torch.testing.assert_close(operator.T.T.matrix(), operator.matrix(), **EXACT)
+    assert operator.T.T.shape == operator.shape
+    assert operator.T.shape == operator.shape[::-1]
+    torch.testing.assert_close(operator.T.matrix(), operator.matrix().mT, **EXACT)
+
+
+def test_an_empty_block_is_an_empty_block(operator: pf.LinearOperator):
+    m, n = operator.shape
+    assert operator.push(normal(n, 0)).shape == (m, 0)
+    assert operator.pull(normal(m, 0)).shape == (n, 0)
+
+
+def test_scipy_has_the_same_products(operator: pf.LinearOperator):
+    m, n = operator.shape
+    matrix, theirs = operator.matrix().detach().numpy(), operator.to_scipy()
+    assert theirs.shape == (m, n)
+    v, u = normal(n, 2, seed=1).numpy(), normal(m, 2, seed=2).numpy()
+    np.testing.assert_allclose(theirs @ v, matrix @ v, atol=1e-12)
+    np.testing.assert_allclose(theirs.T @ u, matrix.T @ u, atol=1e-12)
+    np.testing.assert_allclose(theirs @ v[:, 0], matrix @ v[:, 0], atol=1e-12)
+
+
+def test_quantities_are_those_of_the_matrix(operator: pf.LinearOperator):
+    matrix = operator.matrix().detach()
+    values = torch.linalg.svdvals(matrix)
+    top = values.max() if values.numel() else matrix.new_zeros(())
+    torch.testing.assert_close(operator.fro_norm().detach(), matrix.norm(), **EXACT)
+    torch.testing.assert_close(operator.svdvals().detach(), values, **EXACT)
+    torch.testing.assert_close(operator.spectral_norm().detach(), top, **EXACT)
+    nonzero = values[values > max(matrix.shape) * torch.finfo(matrix.dtype).eps * top]
+    assert operator.rank() == len(nonzero)
+    torch.testing.assert_close(operator.pdet().detach(), nonzero.prod(), rtol=1e-9, atol=1e-12)
+    assert not operator.logvol().isnan()
+
+
+def test_square_operators_have_a_trace(operator: pf.LinearOperator):
+    m, n = operator.shape
+    if m != n:
+        with pytest.raises(pf.errors.DimensionError, match="square operator, got"):
+            operator.trace()
+        return
+    matrix = operator.matrix().detach()
+    torch.testing.assert_close(operator.diagonal().detach(), matrix.diagonal(), **EXACT)
+    torch.testing.assert_close(operator.trace().detach(), matrix.trace(), **EXACT)
+    sign, logabsdet = torch.linalg.slogdet(matrix)
+    ours = operator.slogdet()
+    assert ours[0] == sign
+    torch.testing.assert_close(ours[1].detach(), logabsdet, **EXACT)
+    torch.testing.assert_close(operator.logabsdet().detach(), logabsdet, **EXACT)
+
+
+def test_wrong_lengths_are_refused(operator: pf.LinearOperator):
+    m, n = operator.shape
+    with pytest.raises(pf.errors.ShapeError, match="expects"):
+        _ = operator @ normal(n + 7, 2)
+    with pytest.raises(pf.errors.ShapeError, match="expects"):
+        _ = operator.T @ normal(m + 7, 2)
+
+
+def test_the_text_names_the_shape(operator: pf.LinearOperator):
+    m, n = operator.shape
+    assert f"{m} x {n}" in repr(operator) or f"{n} x {m}" in repr(operator)
+
+
+def test_an_operator_needs_both_products():
+    class Half(pf.LinearOperator):
+        def push(self, v: Tensor) -> Tensor:
+            return v
+
+    with pytest.raises(TypeError, match="pull"):
+        Half((3, 3))
