@@ -3,27 +3,40 @@
 Exact where it can be, cheap because it chooses its passes, honest where it estimates.
 """
 
-from pushforward import autograd, linalg
+from pushforward import autograd, errors, linalg
+from pushforward.density import AutoTransform, Pushforward, logdetcheck, value_and_logabsdet
 from pushforward.differential import divergence, laplacian
 from pushforward.errors import PushforwardError
+from pushforward.estimate import Estimate
 from pushforward.jacobians import Jacobian, hessian, jacobian, plan
+from pushforward.noise import noise_response
 from pushforward.operators import LinearOperator, aslinearoperator
+from pushforward.path import PathBound, path_bound
 from pushforward.planning import Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoTransform",
+    "Estimate",
     "Jacobian",
     "LinearOperator",
+    "PathBound",
     "Plan",
+    "Pushforward",
     "PushforwardError",
     "__version__",
     "aslinearoperator",
     "autograd",
     "divergence",
+    "errors",
     "hessian",
     "jacobian",
     "laplacian",
     "linalg",
+    "logdetcheck",
+    "noise_response",
+    "path_bound",
     "plan",
+    "value_and_logabsdet",
 ]
