@@ -192,8 +192,9 @@ class LinearOperator(ABC):
         def product(multiply: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
             def apply(block: Any) -> Any:
                 tensor = torch.as_tensor(block, dtype=self.dtype, device=self.device)
-                flat = tensor.reshape(tensor.shape[0], -1)
-                return multiply(flat).detach().cpu().numpy().reshape(-1, *tensor.shape[1:])
+                columns = tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
+                product = multiply(columns).detach().cpu()
+                return product.reshape(len(product), *tensor.shape[1:]).numpy()
 
             return apply
 
