@@ -239,7 +239,7 @@ def _checked(A: Tensor, name: str) -> Tensor:
             ".double(), write a complex matrix as its real 2x2 blocks"
         )
     _untracked(partial(_refuse_nonfinite, name=name), A.detach())
-    return A.double() if _is_short(A) and A.device.type != "mps" else A
+    return upcast(A)
 
 
 def _refuse_nonfinite(A: Tensor, name: str) -> Tensor:
@@ -254,8 +254,9 @@ def _refuse_nonfinite(A: Tensor, name: str) -> Tensor:
     return finite.flatten(-2).all(-1)
 
 
-def _is_short(A: Tensor) -> bool:
-    return A.dtype in (torch.float32, torch.float16, torch.bfloat16)
+def upcast(A: Tensor) -> Tensor:
+    """A in float64, or in float32 on devices that have no longer dtype."""
+    return A.to(torch.float32 if A.device.type == "mps" else torch.float64)
 
 
 def _default_rtol(A: Tensor) -> float:
