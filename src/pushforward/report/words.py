@@ -40,10 +40,11 @@ def number(value: float, places: int | None = None) -> str:
         return "infinite" if value > 0 else ("-infinite" if value < 0 else "undefined")
     if places is not None:
         return f"{round(value, places) + 0.0:.{places}f}"  # + 0.0 turns -0.0 into 0.0
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{float(f'{value:.3g}'):,.10g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    rounded = float(f"{value:.3g}")
+    if rounded == 0 or 1e-3 <= abs(rounded) < 1e5:
+        return f"{rounded:,.10g}"
+    mantissa, _, exponent = f"{rounded:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def signed(value: float) -> str:
