@@ -16,6 +16,7 @@ copyright = "2026, The pushforward authors"
 
 extensions = [
     "mathml",
+    "plain_docstrings",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
@@ -23,7 +24,7 @@ extensions = [
 ]
 html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
-nitpicky = False
+default_role = "code"
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "fieldlist"]
 myst_heading_anchors = 3
@@ -34,7 +35,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
-napoleon_numpy_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
 add_module_names = False
 python_use_unqualified_type_names = True
 

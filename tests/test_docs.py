@@ -31,7 +31,7 @@ PAGES = sorted(
 FENCE = re.compile(
     r"^(?P<slow><!-- slow -->\n+)?"
     r"^```(?P<kind>\{code-block\} )?(?P<language>\w+)[ ]*\n"
-    r"(?P<options>(?::\w[\w-]*:.*\n)*)"
+    r"(?P<options>(?::\w[\w-]*:[^\n]*\n)*)\n?"
     r"(?P<code>.*?)^```[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
@@ -122,12 +122,10 @@ def run_console(block: Block) -> str:
     for line in commands:
         from pushforward.cli import main
 
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                status = main(shlex.split(line, comments=True)[2:])
-            except SystemExit as end:
-                status = end.code
-        assert not status, f"{line!r} ended with status {status}"
+        progress = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+            status = main(shlex.split(line, comments=True)[2:])
+        assert status == 0, f"{line!r} ended with status {status}: {progress.getvalue()}"
     return printed.getvalue()
 
 
@@ -165,6 +163,13 @@ def test_slow_code_of_a_page_runs(path: Path, fresh: Path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
+def test_no_block_of_code_escapes(path: Path):
+    text = path.read_text(encoding="utf-8")
+    fences = re.findall(r"^```(?:\{code-block\} )?(?:python|console)", text, re.MULTILINE)
+    assert len(fences) == sum(runs(block) for block in blocks(path))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
 def test_relative_links_lead_somewhere(path: Path):
     targets = [link.split("#")[0] for link in LINK.findall(path.read_text(encoding="utf-8"))]
     local = [target for target in targets if target and "://" not in target]
@@ -196,6 +201,16 @@ def test_changelog_has_this_version():
     assert re.search(
         rf"^## \[{re.escape(project['version'])}\] - \d{{4}}-\d\d-\d\d$", changelog, re.M
     )
+
+
+@pytest.mark.parametrize("command", ["report", "explain"])
+def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[str]):
+    from pushforward.cli import main
+
+    assert main([command, "--help"]) == 0
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    page = (DOCS / "reference" / "command-line.md").read_text(encoding="utf-8")
+    assert {option for option in options if f"`{option}" not in page} == set()
 
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?")

@@ -91,7 +91,7 @@ def decades(log: Tensor) -> float:
 def show(path: pf.PathBound) -> None:
     for row in path.layers:
         print(f"{row.name:6s} {decades(row.log_gain):+6.2f}")
-    print(f"whole  {decades(path.log_norm):+6.2f}")
+    print(f"whole  {decades(path.log_norm):+6.2f}   bound {decades(path.rungs['frobenius']):+.2f}")
 
 
 def weakest(path: pf.PathBound) -> str:
@@ -108,6 +108,7 @@ def waterfall(axes: plt.Axes, path: pf.PathBound, title: str) -> None:
     axes.bar(range(len(gains)), gains, bottom=starts, color=colours, width=0.8)
     axes.step(range(len(ends)), ends, where="mid", color="#888888", linewidth=0.8)
     axes.axhline(0, color="black", linewidth=0.6)
+    axes.margins(y=0.08)
     axes.set_xticks(range(len(gains)), [row.name for row in path.layers], rotation=90, fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y", alpha=0.3)
