@@ -43,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse has said what is wrong, or printed the help
         return leaving.code if isinstance(leaving.code, int) else USAGE
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()  # here, where a reader who has left is understood
+        return status
     except KeyboardInterrupt:
-        return _say("interrupted; nothing was written", INTERRUPTED)
+        return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:
         return _quietly_closed()
     except Exception as error:
@@ -66,7 +68,7 @@ def _failed(error: Exception, options: argparse.Namespace) -> int:
 
 
 def _say(message: str, status: int) -> int:
-    print(f"pushforward: {message}", file=sys.stderr)
+    print(f"pushforward: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

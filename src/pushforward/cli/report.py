@@ -17,7 +17,7 @@ import torch
 from pushforward import __version__
 from pushforward.cli.console import print_table, print_text, progress
 from pushforward.errors import InputError
-from pushforward.report.data import DataSet, held_out_digits, load_data
+from pushforward.report.data import FORMS, DataSet, held_out_digits, load_data
 from pushforward.report.embedded import embedded_model
 from pushforward.report.fitting import fitted
 from pushforward.report.measure import Measurement, measure
@@ -36,7 +36,8 @@ TABLE_ROWS = 12
 
 def run_report(options: argparse.Namespace) -> int:
     """Write ``report.html`` and ``report.json`` and print a summary, or the JSON."""
-    _check(options)
+    if options.model is None and options.weights is not None:
+        raise InputError("--weights needs a MODEL to put them into, such as file.py:factory")
     for package in NEEDED:
         require(package)
     folder = _folder(options.out)
@@ -51,16 +52,6 @@ def run_report(options: argparse.Namespace) -> int:
     else:
         summarise(report, folder / "report.html")
     return 0
-
-
-def _check(options: argparse.Namespace) -> None:
-    if options.model is not None and options.data is None:
-        raise InputError(
-            "a model of yours needs data: add --data with an .npz, .npy or .safetensors file, a "
-            "folder of images, digits or mnist5k"
-        )
-    if options.model is None and options.weights is not None:
-        raise InputError("--weights needs a MODEL to put them into, such as file.py:factory")
 
 
 def _folder(out: str) -> Path:
@@ -107,9 +98,11 @@ def _model(options: argparse.Namespace) -> LoadedModel:
 
 
 def _data(options: argparse.Namespace) -> DataSet:
-    if options.data is None:
-        return held_out_digits(options.samples, options.seed)
-    return load_data(options.data, options.samples, options.seed)
+    if options.data is not None:
+        return load_data(options.data, options.samples, options.seed)
+    if options.model is not None:
+        raise InputError(f"a model of yours needs data: add --data with {FORMS}")
+    return held_out_digits(options.samples, options.seed)
 
 
 def _provenance(options: argparse.Namespace, data: DataSet, seconds: float) -> dict[str, Any]:
@@ -137,7 +130,7 @@ def summarise(report: Report, page: Path) -> None:
     """The verdict, the layers that matter, the key numbers, and where the rest is."""
     print_text(report.verdict.headline, style="bold")
     print_table(("layer", "gain", "so far", "bound"), layer_rows(steps(report.measurement)), 1)
-    print_text("decades (log10) from the input to the output, means over samples")
+    print_text("decades (log10) from the input to the output, means over samples; ~ is estimated")
     print_table(("over samples", "a tenth below", "median", "a tenth above"), key_rows(report), 1)
     for sentence in report.verdict.details:
         print_text(sentence)

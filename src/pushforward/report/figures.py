@@ -14,6 +14,7 @@ from pushforward.report.canvas import BLUE, GREEN, INK, MUTED, ORANGE, Picture, 
 from pushforward.report.measure import Measurement
 from pushforward.report.optional import require
 from pushforward.report.summary import (
+    NoiseMean,
     Step,
     alive,
     gap,
@@ -21,6 +22,7 @@ from pushforward.report.summary import (
     spread_over_samples,
     steps,
 )
+from pushforward.report.verdict import departs, path_title
 from pushforward.report.words import number, readable, signed
 
 ROWS = 32  # layers that a picture names; runs of the smallest others are drawn as one
@@ -34,10 +36,17 @@ def pictures(measurement: Measurement) -> tuple[Picture, ...]:
     """All pictures that these numbers allow."""
     found: list[Picture] = []
     if alive(measurement).any():
-        rows = condensed(steps(measurement), ROWS)
-        found += [waterfall(rows), bound_by_depth(rows, gap(measurement))]
+        path = steps(measurement)
+        rows = condensed(path, ROWS)
+        found += [waterfall(rows, path_title(path)), bound_by_depth(rows, gap(measurement))]
+    if visible(measurement).any():
         found += [spectrum(measurement), distribution(measurement)]
     return (*found, noise(measurement))
+
+
+def visible(measurement: Measurement) -> Tensor:
+    """Which samples have a Jacobian that is not zero in the model's dtype, (B,)."""
+    return measurement.jacobians.spectra.fro_norm > 0
 
 
 # --- layers -------------------------------------------------------------------------------------
@@ -77,7 +86,7 @@ def shown(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def waterfall(rows: Sequence[Step]) -> Picture:
+def waterfall(rows: Sequence[Step], title: str) -> Picture:
     """How the norm of the derivative builds up from the output back to the input."""
 
     def paint(figure: Any) -> None:
@@ -88,12 +97,9 @@ def waterfall(rows: Sequence[Step]) -> Picture:
         axes.set_xlabel(SIZE_LABEL)
 
     total = rows[0].level
-    ratios = rows[:-1] or rows
-    top = max(ratios, key=lambda step: abs(step.gain))
-    verb = "gains" if top.gain > 0 else "loses"
     return Picture(
         key="gains",
-        title=f"{shown(top.name)} {verb} most on the way back from the output",
+        title=title,
         caption=(
             "Read it from below. The lowest bar is the derivative of the output by the input of "
             "the last layer. Each bar above it is what one more layer multiplies to its size: "
@@ -181,7 +187,7 @@ def bound_by_depth(rows: Sequence[Step], distance: float) -> Picture:
 def spectrum(measurement: Measurement) -> Picture:
     """Singular values over samples."""
     found = measurement.jacobians.spectra
-    low, middle, high = _bands(found.singular_values[alive(measurement)])
+    low, middle, high = _bands(found.singular_values[visible(measurement)])
     ranks = spread_over_samples(found.effective_rank)
     full = min(measurement.shape)
     places = np.arange(1, len(middle) + 1)
@@ -231,7 +237,7 @@ def _bands(values: Tensor) -> tuple[list[float], list[float], list[float]]:
 def distribution(measurement: Measurement) -> Picture:
     """Norms and radii over samples."""
     found, decision = measurement.jacobians.spectra, measurement.jacobians.margins
-    living = alive(measurement)
+    living = visible(measurement)
     radii = None if decision is None else _drawable(decision.radius)
     norms = found.spectral_norm[living]
 
@@ -245,11 +251,9 @@ def distribution(measurement: Measurement) -> Picture:
             _histogram(panels[1], {"radius": (radii, ORANGE)})
             panels[1].set_xlabel("distance to the nearest other class")
 
-    factor = (norms.max() / norms.median()).item()
     return Picture(
         key="distribution",
-        title=f"The most sensitive sample responds {number(factor, places=1)} times as strongly as "
-        "the median one",
+        title=_distribution_title((norms.max() / norms.median()).item()),
         caption=(
             "How many samples have which norm"
             + (
@@ -262,6 +266,15 @@ def distribution(measurement: Measurement) -> Picture:
         ),
         alt=_distribution_words(measurement, radii),
         svg=draw("distribution", (WIDTH, 3.3), paint),
+    )
+
+
+def _distribution_title(factor: float) -> str:
+    if factor < 1.2:
+        return "All samples are about equally sensitive"
+    return (
+        f"The most sensitive sample responds {number(factor, places=1)} times as strongly as the "
+        "median one"
     )
 
 
@@ -322,19 +335,20 @@ def noise(measurement: Measurement) -> Picture:
         _log_axis(axes, "x")
         top = max(*band[1], linear, 1e-300)
         axes.set_ylim(-0.04 * top, 1.1 * top)
+        axes.yaxis.set_major_formatter(_plain_numbers())
         axes.set_xlabel("standard deviation σ of the noise on each input")
         axes.set_ylabel("E|f(x+e) − f(x)|² / E|e|²")
         _legend(axes)
 
-    last = levels[-1]
     return Picture(
         key="noise",
-        title=_noise_title(last.curvature, last.sigma),
+        title=noise_title(levels[-1]),
         caption=(
             "How much of the power of Gaussian noise comes out, as the noise grows. For little "
-            "noise it is what the Jacobian predicts, ‖J‖²/n (dashed); where the line leaves it, "
-            "the map is no longer linear at that scale, and derivatives stop being a guide. Means "
-            f"over samples; the spread of the data is {number(measurement.spread)}."
+            "noise it is what the Jacobian predicts, ‖J‖² over the number of inputs (dashed); "
+            "where the line leaves it, the map is no longer linear at that scale, and derivatives "
+            "stop being a guide. Means over samples; the spread of the data is "
+            f"{number(measurement.spread)}."
         ),
         alt=(
             "Response to noise by sigma, measured: "
@@ -345,10 +359,13 @@ def noise(measurement: Measurement) -> Picture:
     )
 
 
-def _noise_title(curvature: float, sigma: float) -> str:
-    if abs(curvature) < 0.1 or not math.isfinite(curvature):
-        return f"The map answers noise as the Jacobian says, up to σ = {number(sigma)}"
-    way = "more" if curvature > 0 else "less"
+def noise_title(largest: NoiseMean) -> str:
+    """What the picture shows at its right end."""
+    if not largest.resolved:
+        return "The response to noise drowns in rounding"
+    if not departs(largest):
+        return f"The map answers noise as the Jacobian says, up to σ = {number(largest.sigma)}"
+    way = "more" if largest.ratio > largest.linear else "less"
     return f"Large noise is amplified {way} than the Jacobian predicts"
 
 
@@ -365,6 +382,10 @@ def _legend(axes: Any) -> None:
     )
 
 
+def _plain_numbers() -> Any:
+    return require("matplotlib.ticker").FuncFormatter(lambda value, _: number(value))
+
+
 def _log_axis(axes: Any, which: str) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5, or at powers of ten where it is long."""
     ticker = require("matplotlib.ticker")
@@ -375,5 +396,5 @@ def _log_axis(axes: Any, which: str) -> None:
     span = math.log10(high / low)
     marks = (1.0, 2.0, 5.0) if span < 2 else (1.0, 3.0) if span < 3 else (1.0,)
     axis.set_major_locator(ticker.LogLocator(subs=marks, numticks=12))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: number(value)))
+    axis.set_major_formatter(_plain_numbers())
     axis.set_minor_locator(ticker.NullLocator())

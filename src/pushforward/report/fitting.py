@@ -39,9 +39,10 @@ def fitted(model: nn.Module, data: DataSet) -> DataSet:
         return data
     if data.x.dim() > 2 and _complaint(model, data.flattened().x) is None:
         return data.flattened()
+    vectors = f", nor as vectors of {data.x[0].numel()}" if data.x.dim() > 2 else ""
     raise LoadError(
         f"the model does not take the samples of {data.name}, shape {tuple(data.x.shape[1:])} "
-        f"each: {complaint}"
+        f"each{vectors}: {complaint}"
     )
 
 

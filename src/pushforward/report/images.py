@@ -102,6 +102,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
 
 def picture_uri(image: Tensor) -> str:
     """A (C, H, W) tensor as a PNG in a ``data:`` address, stretched to its own range."""
+    image = image.double()
     low, high = image.amin(), image.amax()
     scaled = (image - low) / (high - low) if high > low else torch.zeros_like(image)
     return _uri((scaled.permute(1, 2, 0) * 255).round().byte().cpu().numpy())

@@ -35,7 +35,8 @@ def distances(logits: Tensor, matrix: Tensor) -> Tensor:
     lead = logits.gather(1, winner) - logits
     slopes = torch.stack(
         [
-            torch.linalg.vector_norm(rows - rows[best], dim=1).double()
+            # In double: squares of small derivatives would vanish.
+            torch.linalg.vector_norm(rows - rows[best], dim=1, dtype=torch.float64)
             for rows, best in zip(matrix, winner.squeeze(1).tolist(), strict=True)
         ]
     )

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pushforward.boundary import Structure
-from pushforward.errors import DifferentiationError, MemoryBudgetError, PushforwardError
+from pushforward.errors import (
+    DifferentiationError,
+    InputError,
+    MemoryBudgetError,
+    PushforwardError,
+)
+from pushforward.estimate import student_quantile
 from pushforward.jacobians import jacobian
 from pushforward.noise import noise_response
 from pushforward.path import path_bound
@@ -78,12 +84,17 @@ class Path:
 
 @dataclass(frozen=True)
 class Noise:
-    """What `pf.noise_response` says at one ``sigma``; tensors are (B,)."""
+    """What `pf.noise_response` says at one ``sigma``; tensors are (B,).
+
+    ``spread`` is the part of the interval's half-width that comes from the draws; the rest is what
+    rounding can do.
+    """
 
     sigma: float
     ratio: Tensor
     low: Tensor
     high: Tensor
+    spread: Tensor
     linear: Tensor
 
 
@@ -139,8 +150,15 @@ def spread_of(x: Tensor) -> float:
 
 
 def jacobian_shape(model: nn.Module, x: Tensor) -> tuple[int, int]:
-    """(m, n) of the Jacobian of one sample."""
-    m, n = jacobian(model, x[:1], batch_dim=0).shape
+    """(m, n) of the Jacobian of one sample.
+
+    Raises:
+        DifferentiationError: where the output is not real or complex numbers.
+    """
+    try:
+        m, n = jacobian(model, x[:1], batch_dim=0).shape
+    except InputError as error:
+        raise DifferentiationError(f"the model's output has no derivative: {error}") from error
     return m, n
 
 
@@ -257,7 +275,7 @@ def heat(matrix: Tensor, image_shape: tuple[int, int, int] | None) -> Tensor | N
     """How much the output moves with each pixel, (B, H, W), all channels together."""
     if image_shape is None or matrix.shape[2] != math.prod(image_shape):
         return None
-    columns = torch.linalg.vector_norm(matrix, dim=1)
+    columns = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)
     return torch.linalg.vector_norm(columns.unflatten(1, image_shape), dim=1)
 
 
@@ -290,9 +308,12 @@ def _noise(work: _Work, x: Tensor, sigma: float, draw: int) -> Noise:
         batch_dim=0,
         seed=(work.seed * 1_000_003 + draw) % 2**63,
     )
-    low, high = response.ratio.interval
-    ratio = response.ratio.value
-    return Noise(sigma, ratio, low, high, response.linear)
+    estimate = response.ratio
+    low, high = estimate.interval
+    spread = student_quantile((1 + estimate.confidence) / 2, NOISE_SAMPLES // 2 - 1)
+    return Noise(
+        sigma, estimate.value, low, high, spread * estimate.stderr, response.linear.double()
+    )
 
 
 # --- joining ------------------------------------------------------------------------------------

@@ -68,20 +68,26 @@ def _builder(spec: str, trust_code: bool) -> tuple[Callable[[], object], str]:
     if path.suffix.lower() in PICKLES:
         return lambda: _unpickle(path, trust_code), f"unpickled from {spec}"
     if path.suffix.lower() == ".safetensors":
-        raise LoadError(
-            f"{spec} holds weights and no architecture; name the code that builds the model and "
-            f"give the file to --weights: pushforward report file.py:factory --weights {spec}"
-        )
+        raise LoadError(_no_architecture(spec))
     return lambda: _from_code(spec), f"built by {spec}"
 
 
 def _module_from(built: object, spec: str) -> nn.Module:
+    if isinstance(built, dict):
+        raise LoadError(_no_architecture(spec))
     if not isinstance(built, nn.Module):
         raise LoadError(
             f"{spec} must give a torch.nn.Module, got {type(built).__name__}; return the module "
             "itself from the factory, and put its weights in with --weights"
         )
     return built
+
+
+def _no_architecture(spec: str) -> str:
+    return (
+        f"{spec} holds weights and no architecture; name the code that builds the model and give "
+        f"the file to --weights: pushforward report file.py:factory --weights {spec}"
+    )
 
 
 # --- code ---------------------------------------------------------------------------------------
@@ -166,13 +172,15 @@ def _user_code(complaint: str) -> Iterator[None]:
 def _from_torchvision(name: str) -> object:
     models = _library("torchvision.models", "torchvision")
     _known(name, models.list_models(), "torchvision")
-    return models.get_model(name, weights=None)
+    with _user_code(f"torchvision:{name} cannot be built"):
+        return models.get_model(name, weights=None)
 
 
 def _from_timm(name: str) -> object:
     timm = _library("timm", "timm")
     _known(name, timm.list_models(), "timm")
-    return timm.create_model(name, pretrained=False)
+    with _user_code(f"timm:{name} cannot be built"):
+        return timm.create_model(name, pretrained=False)
 
 
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
@@ -181,7 +189,7 @@ _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
 def _library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # built for another torch, it fails in ways of its own
         raise MissingDependencyError(
             f"{package}:NAME needs {package}, which cannot be imported ({error}); "
             f"install it with: pip install {package}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -102,7 +103,8 @@ def keys(report: Report) -> tuple[Key, ...]:
 
 def _over_samples(label: str, values: torch.Tensor, note: str) -> Key:
     span = spread_over_samples(values)
-    return Key(label, number(span.middle), f"{note}; mostly {number(span.low)}–{number(span.high)}")
+    low, high = number(span.low), number(span.high)
+    return Key(label, number(span.middle), note if low == high else f"{note}; mostly {low}–{high}")
 
 
 def _rank(report: Report) -> Key:
@@ -167,6 +169,8 @@ def _decision_facts(report: Report, place: int) -> tuple[str, ...]:
     if report.data.y is not None and int(report.data.y[place]) != said:
         verdict += f", is {_class(report, int(report.data.y[place]))}"
     radius = decision.radius[place].item()
+    if not math.isfinite(radius):
+        return verdict, "no other class near"
     rival = _class(report, int(decision.rival[place]))
     return verdict, f"{number(radius)} from {rival}"
 

@@ -89,6 +89,11 @@ class NoiseMean:
     linear: float
 
     @property
+    def resolved(self) -> bool:
+        """Whether the response is seen through what noise and rounding leave unsure."""
+        return self.high - self.low <= self.ratio
+
+    @property
     def curvature(self) -> float:
         """How far from linear the map is at this sigma: ratio / linear - 1."""
         if self.linear == 0:
@@ -102,8 +107,10 @@ def noise_means(measurement: Measurement) -> tuple[NoiseMean, ...]:
 
 
 def _noise_mean(level: Noise) -> NoiseMean:
-    # The draws of different samples are independent, so their errors add up in squares.
-    reach = ((level.high - level.ratio).square().sum().sqrt() / len(level.ratio)).item()
+    # The draws of different samples are independent, so that their errors add up in squares;
+    # rounding may push all of them the same way.
+    rounding = (level.high - level.ratio - level.spread).clamp_min(0).mean().item()
+    reach = (level.spread.square().sum().sqrt() / len(level.ratio)).item() + rounding
     ratio = level.ratio.mean().item()
     return NoiseMean(
         level.sigma, ratio, max(0.0, ratio - reach), ratio + reach, level.linear.mean().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from pushforward.report.summary import (
 )
 from pushforward.report.words import number, percent, readable, share
 
+SMALL_SHARE = 0.075  # of all gains, below which a layer does not stand out
 NOTABLE = 0.05  # decades below which a gain or a gap is not worth a word
 LINEAR_WITHIN = 0.1  # relative curvature up to which the response to noise counts as linear
 
@@ -37,54 +39,101 @@ def verdict(measurement: Measurement, labels: Tensor | None = None) -> Verdict:
         return Verdict(
             "The output does not answer to the input at all: every Jacobian is zero. Look for dead "
             "units, a detach, or a constant output.",
-            tuple(_details(measurement, labels)),
+            _of_all([_radius(measurement), _accuracy(measurement, labels)]),
         )
-    headline = f"{largest_step(steps(measurement))}; {bound_sentence(measurement)}."
-    return Verdict(headline, tuple(_details(measurement, labels)))
+    headline = f"{path_sentence(steps(measurement))}; {bound_sentence(measurement)}."
+    return Verdict(headline, _details(measurement, labels))
 
 
 # --- the path -----------------------------------------------------------------------------------
 
 
-def largest_step(path: tuple[Step, ...]) -> str:
-    """The layer that changes the norm of the derivative most, and its share in that."""
-    # The last gain is the norm of the last step itself and no ratio, so it does not compete.
-    rivals = path[:-1] or path
-    top = max(rivals, key=lambda step: abs(step.gain))
-    if abs(top.gain) < NOTABLE:
+def path_sentence(path: tuple[Step, ...]) -> str:
+    """The layer that changes the size of the derivative most, and its share in that."""
+    if len(path) == 1:
+        return f"The model is a single step, {layer(path[0])}, of {_amount(path[0].gain)}"
+    top, whole = leader(path)
+    if whole < NOTABLE:
         return "No layer gains or loses notably"
-    alike = [abs(step.gain) for step in rivals if step.gain * top.gain > 0]
-    name, verb = readable(top.name), "gains" if top.gain > 0 else "loses"
-    amount = f"{name} {verb} {number(abs(top.gain), places=1)} decades"
-    if len(alike) == 1:
-        return f"{amount}, the only layer that {verb} notably"
-    whole = "gained" if top.gain > 0 else "lost"
-    return f"{amount}, {share(abs(top.gain) / sum(alike))} of all that is {whole}"
+    if abs(top.gain) < SMALL_SHARE * whole:
+        return f"{crowd(path)}, the largest {number(abs(top.gain), places=1)} in {layer(top)}"
+    verb = "gained" if top.gain > 0 else "lost"
+    part = share(abs(top.gain) / whole)
+    of_whole = f"all that is {verb}" if part == "all" else f"{part} of all that is {verb}"
+    return f"{change(top)} {_amount(abs(top.gain))}, {of_whole}"
+
+
+def path_title(path: tuple[Step, ...]) -> str:
+    """`path_sentence` in few words."""
+    top, whole = leader(path)
+    if len(path) == 1 or whole < NOTABLE:
+        return "The size of the derivative, layer by layer"
+    if abs(top.gain) < SMALL_SHARE * whole:
+        return crowd(path)
+    return f"{change(top)} most on the way back from the output"
+
+
+def leader(path: tuple[Step, ...]) -> tuple[Step, float]:
+    """The step that changes most, and how much all that go its way change together, in decades."""
+    # The last gain is the norm of the last step itself and no ratio, so it does not compete.
+    ratios = path[:-1] or path
+    top = max(ratios, key=lambda step: abs(step.gain))
+    return top, sum(abs(step.gain) for step in ratios if step.gain * top.gain > 0)
+
+
+def crowd(path: tuple[Step, ...]) -> str:
+    """What the steps do together where none stands out."""
+    top, whole = leader(path)
+    alike = sum(step.gain * top.gain > 0 for step in path[:-1])
+    verb = "gain" if top.gain > 0 else "lose"
+    return f"{alike} layers together {verb} {_amount(whole)} in small steps"
+
+
+def change(step: Step) -> str:
+    """The step and its verb, at the beginning of a sentence."""
+    name = f"Layer {step.name}" if step.name.isdigit() else readable(step.name)
+    return f"{name} {'gains' if step.gain > 0 else 'loses'}"
+
+
+def layer(step: Step) -> str:
+    """A layer's name as it stands in a sentence."""
+    return f"layer {step.name}" if step.name.isdigit() else readable(step.name)
+
+
+def _amount(decades: float) -> str:
+    return f"{number(decades, places=1)} decades"
 
 
 def bound_sentence(measurement: Measurement) -> str:
     """How far the Frobenius bound is from the truth."""
-    kind = "bound" if measurement.path.certified["frobenius"] else "estimated bound"
+    certified = measurement.path.certified["frobenius"]
+    bound = "the Frobenius bound" if certified else "the estimated Frobenius bound"
     distance = gap(measurement)
     if abs(distance) < NOTABLE:
-        return f"the Frobenius {kind} meets the truth"
+        return f"{bound} meets the truth"
     side = "above" if distance > 0 else "below"
-    return f"the Frobenius {kind} is {number(abs(distance), places=1)} decades {side} the truth"
+    return f"{bound} is {_amount(abs(distance))} {side} the truth"
 
 
 # --- the samples --------------------------------------------------------------------------------
 
 
-def _details(measurement: Measurement, labels: Tensor | None) -> list[str]:
+def _details(measurement: Measurement, labels: Tensor | None) -> tuple[str, ...]:
     sentences = [
         _dead(measurement),
+        _underflow(measurement),
         _norms(measurement),
         _rank(measurement),
         _radius(measurement),
         _accuracy(measurement, labels),
         linearity(noise_means(measurement)),
     ]
-    return [sentence for sentence in sentences if sentence is not None]
+    return _of_all(sentences)
+
+
+def _of_all(sentences: Iterable[str | None]) -> tuple[str, ...]:
+    """The sentences that there is something to say in."""
+    return tuple(sentence for sentence in sentences if sentence is not None)
 
 
 def _dead(measurement: Measurement) -> str | None:
@@ -95,6 +144,16 @@ def _dead(measurement: Measurement) -> str | None:
     return (
         f"{dead} of {len(living)} samples have a Jacobian of zero; logarithms are averaged over "
         "the others."
+    )
+
+
+def _underflow(measurement: Measurement) -> str | None:
+    lost = alive(measurement) & (measurement.jacobians.spectra.fro_norm == 0)
+    if not lost.any():
+        return None
+    return (
+        f"The derivatives of {int(lost.sum())} samples are too small for the model's dtype: their "
+        "singular values appear as 0, and only the gains of the layers are right; use float64."
     )
 
 
@@ -126,17 +185,25 @@ def _radius(measurement: Measurement) -> str:
     if not math.isfinite(middle):
         return "To first order, no small change of the input changes the class of most samples."
     relative = spread_over_samples(found.radius / measurement.input_norm).middle
-    length = f", {percent(relative)} of the input's length" if math.isfinite(relative) else ""
     return (
         f"To first order, half of the samples change their class within a distance of "
-        f"{number(middle)}{length}."
+        f"{number(middle)}{_beside_length(relative)}."
     )
+
+
+def _beside_length(relative: float) -> str:
+    if not math.isfinite(relative):
+        return ""
+    if relative < 2:
+        return f", {percent(relative)} of the input's length"
+    return f", {_factor(relative)} times the input's length"
 
 
 def accuracy(measurement: Measurement, labels: Tensor | None) -> float | None:
     """The fraction of samples whose largest logit is that of their class."""
     found = measurement.jacobians.margins
-    if found is None or labels is None:
+    # Labels of a data set with more classes than logits are not the model's own.
+    if found is None or labels is None or not bool((labels < measurement.shape[0]).all()):
         return None
     return (found.prediction.cpu() == labels.cpu()).double().mean().item()
 
@@ -149,28 +216,35 @@ def _accuracy(measurement: Measurement, labels: Tensor | None) -> str | None:
 
 
 def linearity(levels: tuple[NoiseMean, ...]) -> str:
-    """Up to which noise the Jacobian predicts the response."""
-    good = [level for level in levels if abs(level.curvature) <= LINEAR_WITHIN]
-    bad = [level for level in levels if abs(level.curvature) > LINEAR_WITHIN]
-    if not bad:
-        return (
-            f"The Jacobian predicts the response to noise to {percent(LINEAR_WITHIN)} up to "
-            f"sigma = {number(levels[-1].sigma)}, the largest that was tried."
-        )
-    worst = bad[-1]
-    far = (
-        f"at {number(worst.sigma)} the response is {_apart(worst.curvature)} what the Jacobian "
-        "predicts"
-    )
-    if not good or good[0].sigma > bad[0].sigma:
-        return f"The map is not linear even at sigma = {number(levels[0].sigma)}; {far}."
-    last = max(level.sigma for level in good if level.sigma < bad[0].sigma)
+    """Up to which noise the Jacobian predicts the response, on average over samples."""
+    seen = [level for level in levels if level.resolved]
+    if not seen:
+        return "The response to noise drowns in rounding, so that nothing can be said of it."
+    apart = [level for level in seen if departs(level)]
+    predicts = f"The Jacobian predicts the response to noise to {percent(LINEAR_WITHIN)} up to"
+    if not apart:
+        return f"{predicts} sigma = {number(seen[-1].sigma)}, the largest that was tried."
+    far = f"at {number(apart[-1].sigma)} it is {_times(apart[-1].curvature)} the prediction."
+    good = [level.sigma for level in seen if level.sigma < apart[0].sigma]
+    if not good:
+        return f"Even little noise is not answered as the Jacobian predicts: {far}"
+    return f"{predicts} sigma = {number(good[-1])}; {far}"
+
+
+def departs(level: NoiseMean) -> bool:
+    """Whether the response is surely not what the Jacobian predicts."""
     return (
-        f"The Jacobian predicts the response to noise to {percent(LINEAR_WITHIN)} up to sigma = "
-        f"{number(last)}; {far}."
+        level.low > (1 + LINEAR_WITHIN) * level.linear
+        or level.high < (1 - LINEAR_WITHIN) * level.linear
     )
 
 
-def _apart(curvature: float) -> str:
+def _times(curvature: float) -> str:
     factor = 1 + curvature
-    return f"{percent(factor)} of" if factor < 1 else f"{number(factor, places=1)} times"
+    if not math.isfinite(factor):
+        return "infinitely many times"
+    return f"{percent(factor)} of" if factor < 1 else f"{_factor(factor)} times"
+
+
+def _factor(factor: float) -> str:
+    return number(factor, places=1) if factor < 100 else number(factor)
