@@ -1,0 +1,85 @@
+"""Exact gains: how much of the norm of the whole Jacobian each step contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pushforward.errors import DifferentiationError
+from pushforward.path.pull import Passes, blocks, sample_norms, unit_vectors
+from pushforward.path.steps import Step
+
+
+def log_sensitivities(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor:
+    """Return log ||d out / d h_l||_F for the tensor before each step, ``(steps, samples)``.
+
+    All outputs are pulled back together, step by step. Each sample is brought back to size one on
+    the way, and its logarithm kept in float64, so that no depth makes it underflow or overflow.
+    """
+    output = steps[-1].stop
+    count = _size(output.shape) // max(1, samples)
+    places = [output, *(step.start for step in steps)]
+    total = torch.full((len(steps), samples), -torch.inf, dtype=torch.float64, device=output.device)
+    for first, last in blocks(count, *places):
+        seeds = unit_vectors(output, samples, first, last)
+        found = _follow(passes, steps, samples, seeds)
+        total = torch.logaddexp(2 * total, 2 * found) / 2
+    return total
+
+
+def _follow(passes: Passes, steps: Sequence[Step], samples: int, rows: Tensor) -> Tensor:
+    """Pull one block of cotangents back through all steps."""
+    scale = torch.zeros(samples, dtype=torch.float64, device=rows.device)
+    logs = []
+    for step in reversed(steps):
+        rows = passes.pull(step.stop, step.start, rows)
+        norms = sample_norms(rows, samples)
+        _refuse_infinite(norms, step)
+        logs.append(scale + norms.log())
+        powers = _power_near(norms)
+        rows = _divided(rows, powers, samples)
+        scale = scale + powers.log()
+    return torch.stack(logs[::-1])
+
+
+def _power_near(norms: Tensor) -> Tensor:
+    """The power of two next to each norm, 1 for a norm of 0: exact to divide by."""
+    exponents = torch.where(norms > 0, norms.log2().round(), 0.0)
+    return torch.exp2(exponents)
+
+
+def _divided(rows: Tensor, powers: Tensor, samples: int) -> Tensor:
+    """Divide the rows of each sample; twice by a root, which the dtype of the rows can hold."""
+    if bool((powers == 1).all()):
+        return rows
+    flat = rows.reshape(len(rows), samples, -1)
+    exponents = powers.log2()
+    half = torch.floor(exponents / 2)
+    for part in (half, exponents - half):
+        flat = flat * torch.exp2(-part).to(rows.dtype).unsqueeze(-1)
+    return flat.reshape(rows.shape)
+
+
+def _refuse_infinite(norms: Tensor, step: Step) -> None:
+    if not norms.isfinite().all():
+        kind = "NaN" if bool(norms.isnan().any()) else "inf"
+        raise DifferentiationError(
+            f"path_bound expects a finite Jacobian, but its products become {kind} in step "
+            f"{step.name!r}; look for a root, a logarithm or a division there, or use float64"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def gains(sensitivities: Tensor) -> Tensor:
+    """Return log N_l - log N_(l+1) for each step, the last one undivided; ``(steps, samples)``.
+
+    Behind a step that kills everything N is 0 already: those steps have gain 0, so that the sum
+    is -inf and not NaN.
+    """
+    after = torch.cat([sensitivities[1:], torch.zeros_like(sensitivities[:1])])
+    return torch.where(after == -torch.inf, 0.0, sensitivities - after)

@@ -1,0 +1,116 @@
+"""Cotangents pulled back from one place of the graph to another, several in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from pushforward.errors import DifferentiationError
+from pushforward.path.record import Crossing
+from pushforward.purity import quiet_vmap
+
+Source = Tensor | GradientEdge
+
+# What a block of cotangents may take, with the gradients on its way.
+BLOCK_BYTES = 2**28
+
+
+@dataclass(eq=False)
+class Passes:
+    """Backward passes over one retained graph, counted.
+
+    ``batched`` turns itself off where an op cannot take several cotangents at once; they then go
+    one by one through plain ``autograd.grad``.
+    """
+
+    batched: bool = True
+    count: int = 0
+
+    def pull(self, start: Crossing, stop: Crossing, cotangents: Tensor) -> Tensor:
+        """``(k, *start.shape) -> (k, *stop.shape)``: rows u^T J between two places."""
+        self.count += len(cotangents)
+        if start.edge == stop.edge:
+            return cotangents
+        return self._grad(start.edge, stop.edge, cotangents, stop)
+
+    def transposed(self, start: Crossing, stop: Crossing) -> Callable[[Tensor], Tensor]:
+        """Return v -> J v, ``(k, *stop.shape) -> (k, *start.shape)``, by differentiating
+        u -> J^T u once more.
+
+        Raises:
+            RuntimeError: an op on the way has no second derivative, and says so.
+            DifferentiationError: it says nothing, but <u, J v> = <J^T u, v> does not hold.
+        """
+        cotangent = torch.zeros(start.shape, dtype=start.dtype, device=start.device)
+        cotangent.requires_grad_()
+        with torch.enable_grad():
+            (pulled,) = torch.autograd.grad(
+                (start.edge,), (stop.edge,), (cotangent,), create_graph=True, allow_unused=True
+            )
+        if pulled is None:
+            return lambda tangents: tangents.new_zeros(len(tangents), *start.shape)
+
+        def push(tangents: Tensor) -> Tensor:
+            return self._push(pulled, cotangent, tangents, start)
+
+        self._compare(push, start, stop)
+        return push
+
+    def _compare(self, push: Callable[[Tensor], Tensor], start: Crossing, stop: Crossing) -> None:
+        u, v = _random(start), _random(stop)
+        pushed, pulled = push(v).double(), self.pull(start, stop, u).double()
+        error = ((u * pushed).sum() - (pulled * v).sum()).abs()
+        scale = u.double().norm() * pushed.norm() + pulled.norm() * v.double().norm()
+        if not error <= scale * torch.finfo(start.dtype).eps ** 0.5:
+            raise DifferentiationError("an op's backward pass cannot be differentiated again")
+
+    def _push(self, pulled: Tensor, cotangent: Tensor, tangents: Tensor, start: Crossing) -> Tensor:
+        self.count += len(tangents)
+        return self._grad(pulled, cotangent, tangents, start)
+
+    def _grad(self, output: Source, source: Source, seeds: Tensor, like: Crossing) -> Tensor:
+        def one(seed: Tensor) -> Tensor:
+            (gradient,) = torch.autograd.grad(
+                (output,), (source,), (seed,), retain_graph=True, allow_unused=True
+            )
+            return seed.new_zeros(like.shape) if gradient is None else gradient
+
+        if self.batched and len(seeds) > 1:
+            try:
+                with quiet_vmap():
+                    return torch.func.vmap(one)(seeds)
+            except RuntimeError:
+                self.batched = False
+        return torch.stack([one(seed) for seed in seeds])
+
+
+def _random(place: Crossing) -> Tensor:
+    source = torch.Generator().manual_seed(0)
+    return torch.randn(1, *place.shape, generator=source).to(place.device, place.dtype)
+
+
+def blocks(total: int, *places: Crossing) -> Iterator[tuple[int, int]]:
+    """Cut ``total`` cotangents into blocks that keep to `BLOCK_BYTES` at the widest place."""
+    widest = max(math.prod(place.shape) * place.dtype.itemsize for place in places)
+    size = max(1, BLOCK_BYTES // max(1, 4 * widest))
+    for first in range(0, total, size):
+        yield first, min(first + size, total)
+
+
+def unit_vectors(place: Crossing, samples: int, first: int, last: int) -> Tensor:
+    """Unit vectors ``first`` to ``last`` of a place, the same in each sample."""
+    size = math.prod(place.shape) // samples
+    units = torch.zeros(last - first, size, dtype=place.dtype, device=place.device)
+    units.diagonal(first).fill_(1)
+    return units.unsqueeze(1).expand(-1, samples, -1).reshape(last - first, *place.shape)
+
+
+def sample_norms(rows: Tensor, samples: int) -> Tensor:
+    """Frobenius norm over ``(k, *shape)`` for each sample, in float64; ``(samples,)``."""
+    flat = rows.reshape(len(rows), samples, -1)
+    return torch.linalg.vector_norm(flat, dim=(0, 2), dtype=torch.float64)

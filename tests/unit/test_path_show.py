@@ -1,0 +1,109 @@
+"""What a `PathBound` shows: text, HTML, JSON and pictures."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pushforward.errors import MissingDependencyError
+from pushforward.path import path_bound
+
+HEADINGS = "step log gain decades log ‖J_l‖_F decades bound so far"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+@pytest.fixture
+def path(model):
+    return path_bound(model, torch.randn(4, 3, dtype=torch.float64))
+
+
+def test_the_table_is_aligned_and_says_what_holds(path):
+    lines = path.table().splitlines()
+    assert " ".join(lines[0].split()) == HEADINGS
+    assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
+    assert lines[6].startswith("log ‖J‖_F")
+    ends = {len(line) for line in (lines[0], *lines[2:5])}
+    assert len(ends) == 1
+    assert "means over 4 samples, in nats" in lines
+    assert any("frobenius: certified bound" in line for line in lines)
+    assert "loses most" in lines[-1]
+
+
+def test_a_path_that_only_gains(model):
+    layer = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(10 * torch.eye(2))
+    text = path_bound(nn.Sequential(layer, nn.Identity()), torch.ones(1, 2)).table()
+    assert "no step loses; 0 gains most: +1.00 decades" in text
+    assert "means over" not in text
+
+
+def test_one_step_blames_nobody():
+    assert "loses" not in path_bound(nn.Linear(2, 2), torch.ones(1, 2)).table()
+
+
+def test_repr_is_one_line(path):
+    assert repr(path).startswith("PathBound(3 steps, log_norm=")
+    assert "frobenius=" in repr(path)
+    assert "\n" not in repr(path)
+
+
+def test_html_escapes_names():
+    model = nn.Sequential()
+    model.add_module("<script>", nn.Linear(2, 2))
+    shown = path_bound(model, torch.ones(1, 2))._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown
+    assert shown.count("<tr>") == 3
+
+
+def test_json_is_strict_and_holds_samples_and_means(path):
+    data = json.loads(json.dumps(path.to_dict(), allow_nan=False))
+    assert [row["name"] for row in data["layers"]] == ["0", "1", "2"]
+    assert data["log_norm"]["per_sample"] == path.log_norm.tolist()
+    assert data["log_norm"]["mean"] == pytest.approx(path.log_norm.mean().item())
+    assert data["rungs"]["frobenius"]["per_sample"] == path.rungs["frobenius"].tolist()
+    assert data["certified"] == {"frobenius": True}
+    row = data["layers"][1]
+    assert row["log_gain"]["per_sample"] == path.layers[1].log_gain.tolist()
+    assert row["log_spectral"] is None
+    assert row["exact"] is True
+
+
+def test_infinite_numbers_are_text_that_float_reads():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.init.zeros_(model[1].weight)
+    data = path_bound(model, torch.ones(1, 2)).to_dict()
+    assert float(data["log_norm"]["per_sample"][0]) == float("-inf")
+    json.dumps(data, allow_nan=False)
+
+
+def test_the_picture_has_a_bar_per_step(path, tmp_path):
+    figure = path.plot()
+    gains, bound = figure.axes
+    assert len(gains.patches) == 3
+    heights = [bar.get_height() for bar in gains.patches]
+    assert sum(heights) == pytest.approx(path.log_norm.mean().item() / 2.302585093)
+    assert [len(line.get_xdata()) for line in bound.lines] == [3, 3]
+    truth, above = (line.get_ydata() for line in bound.lines)
+    assert all(high >= low - 1e-12 for low, high in zip(truth, above, strict=True))
+    figure.savefig(tmp_path / "path.png")
+
+
+def test_names_with_dollars_are_drawn_as_text(tmp_path):
+    model = nn.Sequential()
+    model.add_module("$x^$", nn.Linear(2, 2))
+    path_bound(model, torch.ones(1, 2)).plot().savefig(tmp_path / "path.png")
+
+
+def test_plot_without_matplotlib(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependencyError, match="plot expects matplotlib"):
+        path.plot()
