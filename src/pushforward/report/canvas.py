@@ -7,6 +7,7 @@ and in light; text stays text. Nothing here touches pyplot or leaves a setting c
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pushforward.report.optional import require
+from pushforward.report.words import number
 
 # Stand-ins: none of them may occur in a drawing by chance.
 INK, MUTED, GRID, PAPER = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -95,3 +97,38 @@ def _for_page(svg: str, key: str) -> str:
     svg = re.sub(r'(\bid=")', rf"\g<1>{key}-", svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", svg)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"| height="[^"]*pt"', r"\1", svg, count=2).strip()
+
+
+# --- parts of drawings -------------------------------------------------------------------------
+
+
+def legend(axes: Any) -> None:
+    """Above the drawing, where it covers nothing."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.99),
+        ncols=3,
+        labelcolor=INK,
+        columnspacing=1.4,
+        handlelength=1.6,
+        borderaxespad=0,
+    )
+
+
+def plain_numbers() -> Any:
+    """A formatter for ticks without offsets and trailing zeros."""
+    return require("matplotlib.ticker").FuncFormatter(lambda value, _: number(value))
+
+
+def log_axis(axes: Any, which: str) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, or at powers of ten where it is long."""
+    ticker = require("matplotlib.ticker")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    scale: Callable[[str], None] = axes.set_xscale if which == "x" else axes.set_yscale
+    scale("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    span = math.log10(high / low)
+    marks = (1.0, 2.0, 5.0) if span < 2 else (1.0, 3.0) if span < 3 else (1.0,)
+    axis.set_major_locator(ticker.LogLocator(subs=marks, numticks=12))
+    axis.set_major_formatter(plain_numbers())
+    axis.set_minor_locator(ticker.NullLocator())

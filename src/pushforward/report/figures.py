@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pushforward.report.canvas import BLUE, GREEN, INK, MUTED, ORANGE, Picture, draw
+from pushforward.report.canvas import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    Picture,
+    draw,
+    legend,
+    log_axis,
+    plain_numbers,
+)
+from pushforward.report.layer_figures import ROWS, WIDTH, bound_by_depth, condensed, waterfall
 from pushforward.report.measure import Measurement
 from pushforward.report.optional import require
 from pushforward.report.summary import (
     NoiseMean,
-    Step,
     alive,
     gap,
     noise_means,
@@ -23,13 +31,7 @@ from pushforward.report.summary import (
     steps,
 )
 from pushforward.report.verdict import departs, path_title
-from pushforward.report.words import number, readable, signed
-
-ROWS = 32  # layers that a picture names; runs of the smallest others are drawn as one
-NAME_LENGTH = 30
-WIDTH = 6.4
-TOTAL = "whole network"
-SIZE_LABEL = "size of the derivative of the output, log₁₀"
+from pushforward.report.words import number
 
 
 def pictures(measurement: Measurement) -> tuple[Picture, ...]:
@@ -49,138 +51,6 @@ def visible(measurement: Measurement) -> Tensor:
     return measurement.jacobians.spectra.fro_norm > 0
 
 
-# --- layers -------------------------------------------------------------------------------------
-
-
-def condensed(path: Sequence[Step], rows: int) -> tuple[Step, ...]:
-    """At most about ``rows`` steps: runs of those with the smallest gains become one step each."""
-    if len(path) <= rows:
-        return tuple(path)
-    by_gain = sorted(range(len(path)), key=lambda place: -abs(path[place].gain))
-    # Each kept step may be followed by a run, so that half of the rows are kept.
-    kept = {*by_gain[: rows // 2], 0, len(path) - 1}
-    found: list[Step] = []
-    run: list[Step] = []
-    for place, step in enumerate(path):
-        if place in kept:
-            found += [*_merged(run), step]
-            run = []
-        else:
-            run.append(step)
-    return (*found, *_merged(run))
-
-
-def _merged(run: Sequence[Step]) -> list[Step]:
-    if len(run) <= 1:
-        return list(run)
-    first = run[0]
-    gain = sum(step.gain for step in run)
-    exact = all(step.exact for step in run)
-    return [Step(f"({len(run)} smaller steps)", gain, first.level, first.bound, exact)]
-
-
-def shown(name: str) -> str:
-    """A name that fits beside a picture, its middle left out where it is long."""
-    name = readable(name)
-    half = NAME_LENGTH // 2
-    return name if len(name) <= NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def waterfall(rows: Sequence[Step], title: str) -> Picture:
-    """How the norm of the derivative builds up from the output back to the input."""
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        _bars(axes, rows)
-        _name_rows(axes, [TOTAL, *(shown(step.name) for step in rows)])
-        _write_gains(axes, [rows[0].level, *(step.gain for step in rows)])
-        axes.set_xlabel(SIZE_LABEL)
-
-    total = rows[0].level
-    return Picture(
-        key="gains",
-        title=title,
-        caption=(
-            "Read it from below. The lowest bar is the derivative of the output by the input of "
-            "the last layer. Each bar above it is what one more layer multiplies to its size: "
-            "to the right it gains, to the left it loses. Together they give log₁₀‖J‖ = "
-            f"{signed(total)}, exactly. Means over samples."
-        ),
-        alt=(
-            "Waterfall chart of the gain of each layer in decades, from the input to the output: "
-            + ", ".join(f"{shown(step.name)} {step.gain:+.2f}" for step in rows)
-            + f". The total is {total:.2f}."
-        ),
-        svg=draw("gains", (WIDTH, _height(rows)), paint),
-    )
-
-
-def _height(rows: Sequence[Step]) -> float:
-    return 1.1 + 0.27 * max(3, len(rows))
-
-
-def _bars(axes: Any, rows: Sequence[Step]) -> None:
-    """The total, and under it row by row from the level behind the step to the level before it."""
-    axes.barh(0, rows[0].level, height=0.66, color=INK)
-    behind = [*(step.level for step in rows[1:]), 0.0]
-    for place, (step, start) in enumerate(zip(rows, behind, strict=True), start=1):
-        last = place == len(rows)
-        colour = MUTED if last else BLUE if step.gain >= 0 else ORANGE
-        axes.barh(place, step.level - start, left=start, height=0.66, color=colour)
-        axes.plot([step.level, step.level], [place - 1, place], color=MUTED, linewidth=0.8)
-    axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.margins(x=0.06)
-    axes.grid(visible=False, axis="y")
-
-
-def _name_rows(axes: Any, names: Sequence[str]) -> None:
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", labelcolor=INK)
-
-
-def _write_gains(axes: Any, gains: Sequence[float]) -> None:
-    """The numbers, at the right edge, where no bar covers them."""
-    right = axes.secondary_yaxis("right")
-    right.set_yticks(range(len(gains)), [signed(gain) for gain in gains])
-    right.spines["right"].set_visible(False)
-    right.tick_params(axis="y", length=0, labelcolor=MUTED)
-
-
-def bound_by_depth(rows: Sequence[Step], distance: float) -> Picture:
-    """The Frobenius bound beside the truth, from the output back."""
-    exact = all(step.exact for step in rows)
-    kind = "bound" if exact else "estimated bound"
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        places = list(range(len(rows)))
-        truth, bound = [step.level for step in rows], [step.bound for step in rows]
-        axes.fill_betweenx(places, truth, bound, color=ORANGE, alpha=0.14, linewidth=0)
-        axes.plot(truth, places, color=BLUE, marker="o", markersize=4.5, label="truth")
-        label = f"Frobenius {kind}"
-        axes.plot(bound, places, color=ORANGE, marker="s", markersize=4.5, label=label)
-        _name_rows(axes, [shown(step.name) for step in rows])
-        axes.set_xlabel(SIZE_LABEL)
-        _legend(axes)
-
-    return Picture(
-        key="bound",
-        title=f"The {kind} ends {number(distance, places=1)} decades above the truth",
-        caption=(
-            "At each layer, the derivative of the output by what enters that layer: its true size "
-            "and the product of the Frobenius norms from there to the output, which the size "
-            "cannot exceed. The shaded distance is what the product forgets about directions: "
-            "where it widens, the bound says little. Means over samples."
-        ),
-        alt=(
-            "Two lines by layer, from the output at the bottom to the input at the top: the truth "
-            f"ends at {rows[0].level:.2f}, the {kind} at {rows[0].bound:.2f} in log10."
-        ),
-        svg=draw("bound", (WIDTH, _height(rows)), paint),
-    )
-
-
 # --- samples ------------------------------------------------------------------------------------
 
 
@@ -198,11 +68,11 @@ def spectrum(measurement: Measurement) -> Picture:
         axes.fill_between(places, low, high, **band)
         axes.plot(places, middle, color=BLUE, marker="o", markersize=4.5, label="median")
         axes.axvline(ranks.middle, color=ORANGE, linestyle=(0, (4, 3)), label="effective rank")
-        _log_axis(axes, "y")
+        log_axis(axes, "y")
         axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True))
         axes.set_xlabel("singular value, largest first")
         axes.set_ylabel("size (output per input)")
-        _legend(axes)
+        legend(axes)
 
     first = f", the largest {len(middle)} shown" if full > len(middle) else ""
     return Picture(
@@ -307,11 +177,11 @@ def _histogram(axes: Any, groups: dict[str, tuple[Tensor, str]]) -> None:
     for (name, (group, colour)), _ in zip(groups.items(), values, strict=True):
         axes.hist(group.cpu().numpy(), bins=edges, color=colour, alpha=0.35, label=name)
         axes.hist(group.cpu().numpy(), bins=edges, color=colour, histtype="step", linewidth=1.6)
-    _log_axis(axes, "x")
+    log_axis(axes, "x")
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True, nbins=5))
     if len(groups) > 1:
-        _legend(axes)
+        legend(axes)
 
 
 # --- noise --------------------------------------------------------------------------------------
@@ -332,13 +202,13 @@ def noise(measurement: Measurement) -> Picture:
         axes.axhline(
             linear, color=ORANGE, linestyle=(0, (4, 3)), linewidth=2, label="linear prediction"
         )
-        _log_axis(axes, "x")
+        log_axis(axes, "x")
         top = max(*band[1], linear, 1e-300)
         axes.set_ylim(-0.04 * top, 1.1 * top)
-        axes.yaxis.set_major_formatter(_plain_numbers())
+        axes.yaxis.set_major_formatter(plain_numbers())
         axes.set_xlabel("standard deviation σ of the noise on each input")
         axes.set_ylabel("E|f(x+e) − f(x)|² / E|e|²")
-        _legend(axes)
+        legend(axes)
 
     return Picture(
         key="noise",
@@ -367,34 +237,3 @@ def noise_title(largest: NoiseMean) -> str:
         return f"The map answers noise as the Jacobian says, up to σ = {number(largest.sigma)}"
     way = "more" if largest.ratio > largest.linear else "less"
     return f"Large noise is amplified {way} than the Jacobian predicts"
-
-
-def _legend(axes: Any) -> None:
-    """Above the drawing, where it covers nothing."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 0.99),
-        ncols=3,
-        labelcolor=INK,
-        columnspacing=1.4,
-        handlelength=1.6,
-        borderaxespad=0,
-    )
-
-
-def _plain_numbers() -> Any:
-    return require("matplotlib.ticker").FuncFormatter(lambda value, _: number(value))
-
-
-def _log_axis(axes: Any, which: str) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5, or at powers of ten where it is long."""
-    ticker = require("matplotlib.ticker")
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    scale: Callable[[str], None] = axes.set_xscale if which == "x" else axes.set_yscale
-    scale("log")
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    span = math.log10(high / low)
-    marks = (1.0, 2.0, 5.0) if span < 2 else (1.0, 3.0) if span < 3 else (1.0,)
-    axis.set_major_locator(ticker.LogLocator(subs=marks, numticks=12))
-    axis.set_major_formatter(_plain_numbers())
-    axis.set_minor_locator(ticker.NullLocator())
