@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pushforward import linalg
 from pushforward.boundary import Arguments, Layout
@@ -127,8 +128,11 @@ class Jacobian(LinearOperator):
         return self._chunked(product, block.movedim(-1, 0).to(source.dtype)).movedim(0, -1)
 
     def _chunked(self, product: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        if product == self._linear.push:
+            self._linear.transpose()
         parts = vectors.split(max(self.plan.chunk, 1))
-        return product(vectors) if len(parts) == 1 else torch.cat([product(p) for p in parts])
+        done = [self._sparingly(product, part) for part in parts]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def _by_columns(self) -> bool:
         return self.plan.jvps > 0
@@ -136,11 +140,22 @@ class Jacobian(LinearOperator):
     def _ranges(self) -> Sequence[tuple[int, int]]:
         return blocks(self.shape[1 if self._by_columns() else 0], self.plan.chunk)
 
-    def _strips(self) -> Iterator[tuple[int, Tensor]]:
-        """Strips of the matrix with the index of their first row or column, ``(k, [B,] ...)``."""
+    def _strips(self, reduce: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """``reduce(start, strip)`` of each strip of rows or columns, ``(k, [B,] ...)``."""
         strip = self._linear.columns if self._by_columns() else self._linear.rows
-        for start, stop in self._ranges():
-            yield start, strip(start, stop)
+
+        def part(start: int, stop: int) -> Tensor:
+            return reduce(start, strip(start, stop))
+
+        if self._by_columns():
+            self._linear.transpose()  # once, and outside of what is made again
+        return [self._sparingly(part, start, stop) for start, stop in self._ranges()]
+
+    def _sparingly(self, work: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Under a budget a graph is not kept but made again, part by part, when it is needed."""
+        if self.plan.memory is None or not self._linear.keeps_graph:
+            return work(*args)
+        return checkpoint(work, *args, use_reentrant=False, preserve_rng_state=False)
 
     def matrix(self) -> Tensor:
         """All entries, ([B,] m, n), in the order in which the leaves are flattened.
@@ -171,12 +186,15 @@ class Jacobian(LinearOperator):
         if len(ranges) == 0:
             return self._empty()
         if len(ranges) == 1 or self._linear.keeps_graph:
-            strips = [strip for _, strip in self._strips()]
+            strips = self._strips(lambda _, strip: strip)
             whole = strips[0] if len(strips) == 1 else torch.cat(strips)
             return self._symmetrised(whole.movedim(0, axis))
         result = self._empty()
-        for start, strip in self._strips():
-            result.narrow(axis, start, len(strip)).copy_(strip.movedim(0, axis))
+
+        def fill(start: int, strip: Tensor) -> Tensor:
+            return result.narrow(axis, start, len(strip)).copy_(strip.movedim(0, axis))
+
+        self._strips(fill)
         return self._symmetrised(result)
 
     def _empty(self) -> Tensor:
@@ -241,16 +259,20 @@ class Jacobian(LinearOperator):
         return _to_csr(sparse) if layout == "csr" else _to_scipy_csr(sparse)
 
     def _coo(self) -> Tensor:
-        indices, values = [], []
-        for start, strip in self._strips():
+        if not self._ranges():
+            return self._empty().to_sparse()
+        indices: dict[int, Tensor] = {}
+
+        def nonzeros(start: int, strip: Tensor) -> Tensor:
             first, second = strip.detach().nonzero(as_tuple=True)
-            values.append(strip[first, second])
             pair = (second, first + start) if self._by_columns() else (first + start, second)
-            indices.append(torch.stack(pair))
-        if not indices:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device).to_sparse()
+            indices[start] = torch.stack(pair)
+            return strip[first, second]
+
+        values = torch.cat(self._strips(nonzeros))
+        places = torch.cat(list(indices.values()), 1)
         return torch.sparse_coo_tensor(
-            torch.cat(indices, 1), torch.cat(values), self.shape, check_invariants=False
+            places, values, self.shape, check_invariants=False
         ).coalesce()
 
     def diagonal(self) -> Tensor:
@@ -260,10 +282,11 @@ class Jacobian(LinearOperator):
             DimensionError: m and n differ.
         """
         self._require_square("diagonal")
-        parts = [
-            strip[..., start : start + len(strip)].diagonal(dim1=0, dim2=-1)
-            for start, strip in self._strips()
-        ]
+
+        def part(start: int, strip: Tensor) -> Tensor:
+            return strip[..., start : start + len(strip)].diagonal(dim1=0, dim2=-1)
+
+        parts = self._strips(part)
         return torch.cat(parts, dim=-1) if parts else self._empty().diagonal(dim1=-2, dim2=-1)
 
     def fro_norm(self) -> Tensor:
@@ -273,7 +296,7 @@ class Jacobian(LinearOperator):
         """
         if self.plan.memory is None and self._bytes() <= _KEEP_BYTES:
             return linalg.fro_norm(self._entries())
-        norms = [linalg.fro_norm(strip.movedim(0, -2)) for _, strip in self._strips()]
+        norms = self._strips(lambda _, strip: linalg.fro_norm(strip.movedim(0, -2)))
         return linalg.fro_norm(torch.stack(norms, dim=-1).unsqueeze(-2))
 
     def slogdet(self) -> tuple[Tensor, Tensor]:
@@ -395,7 +418,7 @@ def hessian(
 
     Args:
         f: a callable or module with one output scalar (per sample with ``batch_dim=0``).
-        *args, argnums, batch_dim, plan, memory: as in `jacobian`; strategies are "reverse" and "loop".
+        *args, argnums, batch_dim, plan, memory: as in `jacobian`; "reverse" or "loop" for plan.
 
     Returns:
         A `Jacobian` of the gradient, n x n; ``dense()`` is ``in.shape + in.shape``, ``value`` is

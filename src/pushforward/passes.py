@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from pushforward.boundary import Layout
 from pushforward.composites import UNFIT_THIRD
 from pushforward.errors import DifferentiationError
 from pushforward.purity import outside_inference, quiet_vmap, recording
 from pushforward.tape import LinearHead, Tape, linear_head, record_again, refuse_stale
 
 Source = Tensor | GradientEdge
+
+# Rows that are held at a time where J v is made of them.
+_ROWS = 64
 
 
 @dataclass(eq=False)
@@ -29,11 +33,15 @@ class Linearization:
     ``batched`` says that several vectors may go through one backward pass; it turns itself off
     where an op cannot do that, and the vectors then go one by one through plain ``autograd.grad``.
     ``graph_wanted`` makes every result differentiable, for derivatives of higher order.
+    ``by_rows`` says that J v is made of rows, since J^T u cannot be differentiated once more: an op
+    lacks the formula, or a custom backward hides from autograd what it does.
     """
 
     tape: Tape
     batched: bool = True
     graph_wanted: bool = False
+    by_rows: bool = False
+    _transparent: bool | None = None
     _transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -50,7 +58,14 @@ class Linearization:
 
     def push(self, tangents: Tensor) -> Tensor:
         """``(k, [B,] n) -> (k, [B,] m)``: the products ``J v``."""
-        return self._retrying(lambda: self._push(tangents))
+        if not self.by_rows:
+            try:
+                if self._is_transparent():
+                    return self._retrying(lambda: self._push(tangents))
+            except DifferentiationError:
+                refuse_stale(self.tape)
+            self.by_rows = True
+        return self._push_by_rows(tangents)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the Jacobian, ``(k, [B,] n)``."""
@@ -72,10 +87,34 @@ class Linearization:
         return self.tape.domain.join(gradients)
 
     def _push(self, tangents: Tensor) -> Tensor:
-        cotangents, pulled = self._transpose()
+        cotangents, pulled = self.transpose()
         parts = self.tape.domain.split(tangents)
         gradients = self._grad(pulled, cotangents, parts, len(tangents))
         return self.tape.codomain.join(gradients)
+
+    def _push_by_rows(self, tangents: Tensor) -> Tensor:
+        m = self.tape.codomain.size
+        strips = [self.rows(i, min(i + _ROWS, m)) for i in range(0, m, _ROWS)]
+        parts = [torch.einsum("r...n,k...n->k...r", rows, tangents) for rows in strips]
+        return torch.cat(parts, -1) if parts else tangents[..., :0]
+
+    def _is_transparent(self) -> bool:
+        """Whether J^T u holds the whole graph of u, as <u, J v> = <J^T u, v> tells.
+
+        Ops of torch raise where they have no second derivative; a custom backward may say nothing.
+        """
+        if self._transparent is None:
+            self._transparent = not self.tape.census.custom or self._is_adjoint()
+        return self._transparent
+
+    def _is_adjoint(self) -> bool:
+        v, u = (_random(side) for side in (self.tape.domain, self.tape.codomain))
+        with torch.no_grad():
+            pushed, pulled = self._retrying(lambda: self._push(v)), self.pull(u)
+        one, other = (u * pushed).sum(-1), (pulled * v).sum(-1)
+        scale = (u * pushed).abs().sum(-1) + (pulled * v).abs().sum(-1)
+        close = (one - other).abs() <= 1e3 * torch.finfo(one.dtype).eps * scale
+        return bool((close | ~torch.isfinite(scale)).all())
 
     def _rows(self, start: int, stop: int) -> Tensor:
         head = linear_head(self.tape) if self.batched else None
@@ -91,7 +130,7 @@ class Linearization:
         gradients = self._grad((head.edge,), self.tape.inputs, [seeds], stop - start)
         return self.tape.domain.join(gradients)
 
-    def _transpose(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def transpose(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The cotangent u and the linear map J^T u of it, as a graph."""
         if self._transposed is None:
             tape = self._tape_to_transpose()
@@ -226,6 +265,12 @@ def _one(
         materialize_grads=True,
     )
     return list(gradients)
+
+
+def _random(side: Layout) -> Tensor:
+    """A vector to try things on, ``(1, [B,] size)``, the same one every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, *side.lead, side.size, generator=generator).to(side.device, side.dtype)
 
 
 def _freed(error: RuntimeError) -> bool:

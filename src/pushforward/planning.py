@@ -159,6 +159,8 @@ def _why_not_forward(problem: Problem) -> str | None:
             pushed, pulled = linear.push(v), linear.pull(u)
     except (RuntimeError, DifferentiationError) as error:
         return f"no second derivative ({str(error).splitlines()[0][:80]})"
+    if linear.by_rows:
+        return "no second derivative, so that J v is made of rows"
     if not _agree(_inner(u, pushed), _inner(pulled, v), _inner(u.abs(), pushed.abs())):
         ops = ", ".join(op_name(name) for name in sorted(linear.tape.census.custom))
         return f"J v and J^T u disagree; the backward of {ops or 'an op'} is not a linear graph"
@@ -264,7 +266,7 @@ def check_samples(problem: Problem) -> tuple[str, ...]:
 def check_batching(problem: Problem) -> tuple[str, ...]:
     """Go one by one where several cotangents at once give other numbers than each alone."""
     linear = problem.linear
-    if not linear.batched or problem.m < 2:
+    if not linear.batched or problem.m < 2 or linear.tape.domain.batch == 0:
         return ()
     cotangents = problem.random(linear.tape.codomain, 2)
     with torch.no_grad():
