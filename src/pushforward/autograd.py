@@ -10,14 +10,15 @@ alone; a network that mixes points (batch norm in training mode) has no such der
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from pushforward.errors import GraphError, InputError, ShapeError
+from pushforward.composites import UNFIT_THIRD
+from pushforward.errors import DifferentiationError, GraphError, InputError, ShapeError
 from pushforward.passes import gradients_of
-from pushforward.tape import take_census
+from pushforward.tape import op_name, take_census
 
 __all__ = ["divergence", "gradient", "jacobian", "laplace", "laplacian"]
 
@@ -139,6 +140,9 @@ def laplacian(y: Tensor, x: Tensor) -> Tensor:
     Raises:
         GraphError: no graph leads from ``y`` to ``x``.
         ShapeError: ``y`` has more than one output at a point, or other points than ``x``.
+        DifferentiationError: in the backward pass of a loss made of the result, where ``y`` went
+            through a fused normalisation, whose third derivative torch gets wrong. The value itself
+            is right, and `pushforward.laplacian` trains.
 
     Cost: d + 1 backward passes.
 
@@ -152,7 +156,9 @@ def laplacian(y: Tensor, x: Tensor) -> Tensor:
             "laplacian expects a scalar field, (..., 1) on points (..., d), got shapes "
             f"{tuple(y.shape)} and {tuple(x.shape)}; take one component at a time, y[..., i:i+1]"
         )
-    return _diagonal_sum(gradient(y, x), x)[0]
+    total = _diagonal_sum(gradient(y, x), x)[0]
+    unfit = take_census((y,), (x,)).ops & UNFIT_THIRD
+    return _RefuseBackward.apply(total, _why_refused(unfit)) if unfit else total
 
 
 laplace = laplacian
@@ -190,6 +196,27 @@ def _refuse_unconnected() -> NoReturn:
 def _pull(y: Tensor, x: Tensor, u: Tensor) -> Tensor | None:
     (found,) = torch.autograd.grad(y, x, u, create_graph=True, allow_unused=True)
     return found
+
+
+class _RefuseBackward(torch.autograd.Function):
+    """The identity, whose derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, reason: str) -> Tensor:
+        ctx.reason = reason
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise DifferentiationError(ctx.reason)
+
+
+def _why_refused(ops: frozenset[str]) -> str:
+    names = ", ".join(sorted(op_name(op) for op in ops))
+    return (
+        f"expected ops whose third derivative torch gets right, got {names}; train on "
+        "pf.laplacian(f, x), which replaces them, or write the normalisation out"
+    )
 
 
 def _require_graph(y: Tensor, x: Tensor) -> None:
