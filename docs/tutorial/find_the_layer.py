@@ -77,10 +77,10 @@ def usual_suspects(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """What one looks at first: the spread of the weights and the size of the gradients."""
     model.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
-    print("weights   std     |gradient|")
+    print("weights     std     |gradient|")
     for name, weight in model.named_parameters():
         if name.endswith("weight"):
-            print(f"{name:9s} {weight.std():.3f}   {weight.grad.norm():.1e}")
+            print(f"{name:11s} {weight.std():.3f}   {weight.grad.norm():.1e}")
 
 
 def decades(log: Tensor) -> float:
@@ -108,6 +108,7 @@ def waterfall(axes: plt.Axes, path: pf.PathBound, title: str) -> None:
     axes.bar(range(len(gains)), gains, bottom=starts, color=colours, width=0.8)
     axes.step(range(len(ends)), ends, where="mid", color="#888888", linewidth=0.8)
     axes.axhline(0, color="black", linewidth=0.6)
+    axes.use_sticky_edges = False
     axes.margins(y=0.08)
     axes.set_xticks(range(len(gains)), [row.name for row in path.layers], rotation=90, fontsize=8)
     axes.set_title(title, fontsize=10)
