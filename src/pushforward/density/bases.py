@@ -8,23 +8,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 from torch.distributions.transforms import Transform
 
 from pushforward.density.events import Shape
-from pushforward.errors import ShapeError
+from pushforward.errors import InputError, ShapeError
 from pushforward.purity import replayed, untouched
+
+
+def require_continuous(base: Any) -> None:
+    """Refuse what is no distribution, and what has no density."""
+    if not isinstance(base, Distribution):
+        raise InputError(f"base expects a distribution, got {type(base).__name__}")
+    support = _support(base)
+    if support is not None and support.is_discrete:
+        raise InputError(
+            f"base expects a distribution with a density, got the discrete {base}; f(z) then has "
+            "the probabilities of z, with no volume in them"
+        )
 
 
 def is_inside(base: Distribution, x: Tensor) -> Tensor:
     """Which x lie in the support, (*batch, *event) -> (*batch,); all, where it does not say."""
-    try:
-        support = base.support
-    except NotImplementedError:
-        support = None
+    support = _support(base)
     if support is None:
         return x.new_ones(x.shape[: x.dim() - len(base.event_shape)], dtype=torch.bool)
     return support.check(x)
+
+
+def _support(base: Distribution) -> constraints.Constraint | None:
+    try:
+        return base.support
+    except NotImplementedError:
+        return None
 
 
 def quiet_draws(base: Distribution, shape: Shape) -> Tensor:

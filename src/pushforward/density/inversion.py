@@ -73,7 +73,8 @@ def reattach(events: Events, x: Tensor, y: Tensor) -> Tensor:
     x <- x - K (f(x) - y) with K the (pseudo-)inverse of the Jacobian, held fixed: each step leaves
     the value where it is, up to rounding, and makes one more order of derivatives exact.
     """
-    with torch.inference_mode(False):
+    wanted = torch.is_grad_enabled()  # leaving inference mode would turn gradients on
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
         x, K = x.detach().clone(), _fixed_inverse(events, x.detach().clone())
         y = y.clone()
         with composites():
@@ -89,7 +90,8 @@ def _fixed_inverse(events: Events, x: Tensor) -> Tensor:
         finite = matrix.isfinite().flatten(-2).all(-1)[..., None, None]
         matrix = matrix.masked_fill(~finite, 0.0)
         if events.m == events.n:
-            inverse = torch.linalg.inv_ex(matrix).inverse
+            inverse, info = torch.linalg.inv_ex(matrix)
+            finite = finite & (info == 0)[..., None, None]
         else:
             inverse = torch.linalg.pinv(matrix)
         solvable = inverse.isfinite().flatten(-2).all(-1)[..., None, None] & finite
@@ -162,7 +164,7 @@ class _Search:
         stuck = ~_all_of(x)
         for iteration in range(iterations + 1):
             look = _look(self.events, self.target, x)
-            moving = ~(look.arrived | stuck)
+            moving = ~(look.arrived | look.level | stuck)
             if iteration == iterations or not moving.any():
                 break
             x, moved = self.backtrack(look, x, moving, allowed, halvings)
@@ -183,9 +185,9 @@ class _Search:
             falls = (reached / look.size).square() <= promised
             accepted = pending & falls & allowed(trial)
             x, pending = torch.where(accepted[:, None], trial, x), pending & ~accepted
-            if not pending.any():
-                break
             length = length * torch.where(reached.isfinite(), 0.5, 0.1)
+            if not (pending & (length >= look.shortest)).any():
+                break
         return x, moving & ~pending
 
 
@@ -193,29 +195,39 @@ class _Search:
 class _Look:
     """The equation linearised at a point, per sample.
 
-    The Newton step, |f(x) - y|, the part of it in the tangent space, and whether the step is
-    negligible, the residual is rounding, the residual is too large for a solution.
+    The Newton step, |f(x) - y|, the part of it in the tangent space, the shortest part of the step
+    that moves x at all; and whether the step is negligible, the residual is rounding, the residual
+    is too large for a solution, the residual is at right angles to the tangent space.
     """
 
     step: Tensor
     size: Tensor
     slope: Tensor
+    shortest: Tensor
     arrived: Tensor
     rounded: Tensor
     off: Tensor
+    level: Tensor
 
 
 def _look(events: Events, target: Tensor, x: Tensor) -> _Look:
     J = events.jacobian(x)
     matrix, difference = J.matrix(), J.value - target
-    step, size = _step(matrix, difference), _norm(difference)
+    (step, singular), size = _step(matrix, difference), _norm(difference)
+    eps, slope = torch.finfo(x.dtype).eps, _norm((upcast(matrix) @ upcast(step)[..., None])[..., 0])
+    rounded = size <= 1e3 * eps * (1 + _norm(target))
+    negligible = _norm(step) <= _tolerance(x.dtype) * (1 + _norm(x))
     return _Look(
         step,
         size,
-        slope=_norm((upcast(matrix) @ upcast(step)[..., None])[..., 0]),
-        arrived=size.isfinite() & (_norm(step) <= _tolerance(x.dtype) * (1 + _norm(x))),
-        rounded=size <= 1e3 * torch.finfo(x.dtype).eps * (1 + _norm(target)),
+        slope,
+        shortest=eps * (1 + _norm(x)) / _norm(step),
+        # Where J is singular, a short step does not mean that f(x) is near y.
+        arrived=size.isfinite() & negligible & (rounded | ~singular),
+        rounded=rounded,
         off=is_off(J.value, matrix, target),
+        # The squared residual changes by less than its rounding from here on.
+        level=slope <= 10 * eps**0.5 * size,
     )
 
 
@@ -234,8 +246,11 @@ def _all_of(x: Tensor) -> Tensor:
     return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
 
-def _step(matrix: Tensor, difference: Tensor) -> Tensor:
-    """J^+ (f(x) - y) by LU or QR, by singular values where J is singular, 0 where it is NaN."""
+def _step(matrix: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
+    """J^+ (f(x) - y), 0 where it is NaN, and whether J is singular.
+
+    By LU or QR; by singular values where J is singular.
+    """
     A, b = upcast(matrix), upcast(difference)
     broken = ~(A.isfinite().flatten(1).all(-1) & b.isfinite().all(-1))
     A = A.masked_fill(broken[:, None, None], 0.0)
@@ -245,7 +260,7 @@ def _step(matrix: Tensor, difference: Tensor) -> Tensor:
     if singular.any():
         inverse = torch.linalg.pinv(A[singular], rtol=1e-8)
         step[singular] = (inverse @ b[singular][..., None])[..., 0]
-    return step.to(matrix.dtype)
+    return step.to(matrix.dtype), singular
 
 
 def _solve(A: Tensor, b: Tensor) -> Tensor:

@@ -12,16 +12,24 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pushforward import linalg
-from pushforward.density.bases import found_in, image_shape, is_inside, moved, quiet_draws
+from pushforward.density.bases import (
+    found_in,
+    image_shape,
+    is_inside,
+    moved,
+    quiet_draws,
+    require_continuous,
+)
 from pushforward.density.events import Events, Shape, Views, require_shape, worst_index
 from pushforward.density.inversion import distance, invert, is_off, ranked
 from pushforward.density.transforms import given_inverse, require_callables
 from pushforward.errors import DimensionError, InputError, ShapeError
 from pushforward.planning import function_name
 
-# Draws of the base among which the numerical inverse chooses where to start.
+# Draws of the base among which the numerical inverse chooses where to start: by the distance of
+# their images, the nearest ones and some far ones, which may lie in another valley.
 _CANDIDATES = 32
-_STARTS = 8
+_RANKS = [0, 1, 2, 4, 8, 16, 24, 31]
 
 
 class Pushforward(Distribution, nn.Module):
@@ -80,8 +88,7 @@ class Pushforward(Distribution, nn.Module):
         inverse: Callable[[Tensor], Tensor] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(base, Distribution):
-            raise InputError(f"base expects a distribution, got {type(base).__name__}")
+        require_continuous(base)
         require_callables(f, inverse)
         event_shape = image_shape(base, f)
         super().__init__(base.batch_shape, event_shape, validate_args=validate_args)
@@ -89,8 +96,9 @@ class Pushforward(Distribution, nn.Module):
         self.f = f
         self.inverse = inverse
         self._views = Views()
-        self._held = nn.ModuleList(found_in(base, nn.Module))
-        self._held_parameters = nn.ParameterList(found_in(base, nn.Parameter))
+        if not isinstance(base, nn.Module):
+            self._base_modules = nn.ModuleList(found_in(base, nn.Module))
+            self._base_parameters = nn.ParameterList(found_in(base, nn.Parameter))
         self._require_dimensions()
 
     @property
@@ -117,15 +125,16 @@ class Pushforward(Distribution, nn.Module):
         """Logarithm of the density at y: (..., *event) -> (..., *batch)."""
         y = self._broadcast(value)
         events = self._events(tuple(y.shape[: y.dim() - len(self.event_shape)]))
-        x = self._locate(events, y)
-        lost = ~x.detach().isfinite().reshape(events.samples, -1).all(-1)
-        x = self._safe(events, x, lost)
+        if events.samples == 0:  # which the constraints of torch cannot check
+            return events.per_sample(events.flatten(y).sum(-1))
+        x, lost = self._locate_finite(events, y)
+        inside = self._accepts(events, events.flatten(x.detach())) & ~lost
+        x = self._safe(events, x, ~inside)
         J = events.jacobian(events.flatten(x))
         matrix = J.matrix()
-        off = lost | is_off(J.value.detach(), matrix.detach(), events.flatten(y.detach()))
-        inside = self._accepts(events, events.flatten(x.detach()))
-        self._validate(events, y, J.value.detach(), off, inside)
-        log_base = self._root.log_prob(self._safe(events, x, off | ~inside))
+        off = lost | (inside & is_off(J.value, matrix.detach(), events.flatten(y.detach())))
+        self._validate(events, off, inside)
+        log_base = self._root.log_prob(self._safe(events, x, off))
         nowhere = (off | ~inside).reshape(events.batch) | (log_base.detach() == -math.inf)
         log_volume = events.per_sample(_log_volume(matrix))
         return (log_base - log_volume.masked_fill(nowhere, 0.0)).masked_fill(nowhere, -math.inf)
@@ -210,7 +219,7 @@ class Pushforward(Distribution, nn.Module):
             ) from error
         if not value.isfinite().all():
             raise InputError("log_prob expects finite values, got NaN or infinity among them")
-        return value.expand(*batch, *event)
+        return value.expand((*batch, *event))
 
     def _locate(self, events: Events, y: Tensor) -> Tensor:
         """The x with f(x) = y, or the nearest one, (*batch, *event of the root)."""
@@ -220,6 +229,19 @@ class Pushforward(Distribution, nn.Module):
         flat = events.flatten(y)
         starts = self._starts(events, flat)
         return events.unflatten(invert(events, flat, starts, partial(self._accepts, events)))
+
+    def _locate_finite(self, events: Events, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and (B,) where there is none; an image of the base is looked up there instead, so that
+        no NaN comes near the gradients of the others."""
+        x = self._locate(events, y)
+        lost = ~x.detach().isfinite().reshape(events.samples, -1).all(-1)
+        if lost.any():
+            with torch.no_grad():
+                draw = self._safe(events, torch.zeros_like(x), torch.ones_like(lost))
+                image = events.evaluate(events.flatten(draw))
+            flat = torch.where(lost[:, None], image.to(y.dtype), events.flatten(y))
+            x = self._locate(events, flat.reshape(y.shape))
+        return x, lost
 
     def _accepts(self, events: Events, x: Tensor) -> Tensor:
         return is_inside(self._root, events.unflatten(x)).reshape(-1)
@@ -233,7 +255,7 @@ class Pushforward(Distribution, nn.Module):
             images = alike.evaluate(alike.flatten(draws)).reshape(_CANDIDATES, -1, events.m)
             place = self._place(events, y)
             distances = [distance(image[place], y.detach()) for image in images]
-            order = torch.stack(distances).nan_to_num(math.inf).argsort(dim=0)[:_STARTS]
+            order = torch.stack(distances).nan_to_num(math.inf).argsort(dim=0)[_RANKS]
         starts = list(draws.reshape(_CANDIDATES, -1, events.n)[order, place])
         same = events.domain == events.codomain
         return ranked(events, y, [*starts, y.to(draws.dtype)]) if same else starts
@@ -250,25 +272,21 @@ class Pushforward(Distribution, nn.Module):
         flat = torch.where(bad[:, None], draw.to(x.dtype), events.flatten(x))
         return events.unflatten(flat)
 
-    def _validate(
-        self, events: Events, y: Tensor, reached: Tensor, off: Tensor, inside: Tensor
-    ) -> None:
+    def _validate(self, events: Events, off: Tensor, inside: Tensor) -> None:
         """Refuse points outside of the image, if arguments are to be validated."""
         if not self._validate_args or not bool((off | ~inside).any()):
             return
-        miss = distance(reached, events.flatten(y.detach()))
         if off.any():
-            index = worst_index(torch.where(off, miss, -1.0), events.batch)
             raise InputError(
-                f"log_prob expects points of the image of {events.name}, but the value at index "
-                f"{index} is {miss[off].max().item():.3g} away from the nearest one found; "
-                "project it first, give inverse= if it does lie there, or get -inf with "
-                "validate_args=False"
+                f"log_prob expects points of the image of {events.name}, got "
+                f"{int(off.sum())} of {len(off)} that are off it, the first at index "
+                f"{worst_index(off.double(), events.batch)}; project them first, give inverse= if "
+                "they do lie there, or get -inf with validate_args=False"
             )
-        index = worst_index((~inside).double(), events.batch)
         raise InputError(
             "log_prob expects points f(x) with x in the support of the base, "
-            f"{self._root.support}, but x of the value at index {index} is not; get -inf with "
+            f"{self._root.support}, but x of the value at index "
+            f"{worst_index((~inside).double(), events.batch)} is not; get -inf with "
             "validate_args=False"
         )
 

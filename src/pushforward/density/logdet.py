@@ -166,17 +166,18 @@ def _claim(transform: Any, x: Tensor) -> _Claim:
         got = type(transform).__name__
         raise InputError(f"logdetcheck expects a transform or a callable, got {got}")
     name = function_name(transform)
+    event_dim = transform.domain.event_dim if isinstance(transform, Transform) else x.dim() - 1
+    if x.dim() < event_dim:
+        raise ShapeError(f"{name} expects events of {event_dim} dimensions, got {tuple(x.shape)}")
     with untouched(transform), torch.no_grad():
         if isinstance(transform, Transform):
-            event_dim, function = transform.domain.event_dim, partial(_call, transform)
+            function = partial(_call, transform)
             y = function(x)
             logabsdet = transform.log_abs_det_jacobian(x, y)
         else:
-            event_dim, function = max(x.dim() - 1, 0), partial(_first, transform)
+            function = partial(_first, transform)
             y, logabsdet = _pair(transform(x), name)
-    if x.dim() < event_dim:
-        raise ShapeError(f"{name} expects events of {event_dim} dimensions, got {tuple(x.shape)}")
-    claim = _Claim(name, function, x, y, logabsdet, event_dim)
+    claim = _Claim(name, function, x, y, logabsdet, max(event_dim, 0))
     claim.require_shape()
     return claim
 
