@@ -147,6 +147,21 @@ class TestWholeSpace:
         expected = standard(6).log_prob(y.reshape(4, 6) / 2) - 6 * math.log(2)
         torch.testing.assert_close(law.log_prob(y), expected)
 
+    def test_a_base_that_does_not_say_where_it_lives(self):
+        class Homemade(torch.distributions.Distribution):
+            arg_constraints = {}  # noqa: RUF012
+
+            def sample(self, sample_shape=()):
+                return NORMAL.sample(sample_shape)
+
+            def log_prob(self, value):
+                return NORMAL.log_prob(value)
+
+        law = pf.Pushforward(Homemade(), lambda z: 2 * z)
+        y = random(4)
+        torch.testing.assert_close(law.log_prob(y), NORMAL.log_prob(y / 2) - math.log(2))
+        assert not law.has_rsample
+
     def test_a_singular_point_has_infinite_density(self):
         law = pf.Pushforward(NORMAL, lambda z: z**3)
         assert law.log_prob(torch.zeros((), dtype=torch.float64)) == math.inf

@@ -240,8 +240,9 @@ class TestModule:
         assert transform.log_abs_det_jacobian(x, y).abs().min() > 1e-3
         torch.testing.assert_close(copied(x), x)
 
-    def test_pickles(self):
-        transform = pf.AutoTransform(Residual(), cache_size=1)
+    @pytest.mark.parametrize("cache_size", [0, 1])
+    def test_pickles(self, cache_size):
+        transform = pf.AutoTransform(Residual(), cache_size=cache_size)
         x = random(2, 3)
         transform(x)
         again = pickle.loads(pickle.dumps(transform))

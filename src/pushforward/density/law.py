@@ -64,9 +64,14 @@ class Pushforward(Distribution, nn.Module):
         CouplingError: in log_prob, where events of a batch influence each other.
 
     It is an `nn.Module`: ``parameters()`` finds those of f, of the inverse and of the base, and
-    ``.to()`` moves them and the tensors of the base. Gradients of log_prob are exact with respect
-    to y and all of these; for a y on a moving surface, those of the nearest point. Sampling draws
-    from torch's default generator; nothing else does.
+    ``.to()`` moves them and the tensors of the base. Derivatives of log_prob are exact with respect
+    to y and all of these, up to the third order where x is found numerically; for a y that a moving
+    surface leaves, they are those of the nearest point. Sampling draws from torch's default
+    generator; nothing else does.
+
+    Where f is one-to-one on the support of `base` only, x is looked for there first. For m > n "off
+    the image" means that no start led to y: least squares can end in a wrong valley of a strongly
+    bent surface, and `inverse` then settles it.
 
     Cost: log_prob takes n backward passes and a QR or an LU; a numerical inverse five to ten times
     that.
