@@ -172,6 +172,11 @@ class Layout:
             leaf = self.active[0]
             return [flat.reshape((*flat.shape[:-1], *leaf.real_shape)).to(leaf.real_dtype)]
         parts = flat.split([leaf.size for leaf in self.active], dim=-1)
+        # A slice may start at an odd place, where torch cannot view pairs of reals as complex.
+        parts = [
+            part.clone(memory_format=torch.contiguous_format) if leaf.is_complex else part
+            for part, leaf in zip(parts, self.active, strict=True)
+        ]
         return [
             part.reshape((*flat.shape[:-1], *leaf.real_shape)).to(leaf.real_dtype)
             for part, leaf in zip(parts, self.active, strict=True)

@@ -226,7 +226,12 @@ def _draw(
 
 def _squares(tensor: Tensor, batched: bool) -> Tensor:
     """|tensor|^2 per sample, ``(B,)``; ``(1,)`` without a batch."""
-    return tensor.reshape(len(tensor) if batched else 1, -1).square().sum(dim=-1)
+    return _rows(tensor, 1).square().sum(dim=-1) if batched else tensor.square().sum()[None]
+
+
+def _rows(tensor: Tensor, lead: int) -> Tensor:
+    """Flatten all but the first ``lead`` dimensions, which may be all there are, or be empty."""
+    return tensor.reshape(*tensor.shape[:lead], math.prod(tensor.shape[lead:]))
 
 
 def _measure(
@@ -283,7 +288,8 @@ def _controlled(
 
 def _mean_with_interval(draws: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Mean over dimension 0, its standard error, and the hull of two intervals."""
-    count, centre, spread = len(draws), draws.mean(dim=0), draws.std(dim=0)
+    count, centre = len(draws), draws.mean(dim=0)
+    spread = ((draws - centre).square().sum(dim=0) / (count - 1)).sqrt()
     stderr = spread / math.sqrt(count)
     cubes = ((draws - centre) ** 3).mean(dim=0)
     skewness = torch.where(spread > 0, cubes / spread**3, 0.0)
@@ -345,7 +351,7 @@ def _joined(tree: Any, batched: bool) -> Tensor:
     """All scalars of an output in float64, ``(m,)``, or ``(B, m)``; complex ones as two reals."""
     values, layout = Layout.of(tree, 0 if batched else None, "output")
     parts = [as_real(value).detach().double() for value in layout.select(values)]
-    return torch.cat([part.flatten(1 if batched else 0) for part in parts], dim=-1)
+    return torch.cat([_rows(part, 1 if batched else 0) for part in parts], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -365,7 +371,7 @@ class _Probe:
 
     def flat(self, noise: Tensor) -> Tensor:
         """``(draws, *x.shape) -> (draws, [B], n)``, in float64."""
-        return noise.double().flatten(2 if self.batched else 1)
+        return _rows(noise.double(), 2 if self.batched else 1)
 
     def at(self, noisy: Tensor) -> Tensor:
         return _evaluate(self.function, noisy, self.batched, self.state)

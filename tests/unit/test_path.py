@@ -363,6 +363,19 @@ def test_output_trees_count_whole():
     torch.testing.assert_close(path.log_norm, expected)
 
 
+def test_numbers_and_complex_leaves_count_whole():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x.sum(1), torch.complex(x, x**2)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for batch_dim in (0, None):
+        path = path_bound(Two(), x, batch_dim=batch_dim)
+        squares = (4 * x**2 + 2).sum(-1) if batch_dim == 0 else (4 * x**2 + 2).sum()
+        torch.testing.assert_close(path.log_norm, squares.log() / 2)
+        torch.testing.assert_close(path.layers[0].log_fro, path.log_norm)
+
+
 def test_complex_tensors_on_the_way():
     class Fourier(nn.Module):
         def __init__(self):

@@ -175,13 +175,18 @@ def _travel(
 def _end(tape: Tape) -> Crossing:
     """The output as one tensor; several leaves are joined."""
     with torch.inference_mode(False), torch.enable_grad():
-        parts = list(tape.outputs)
-        if len(parts) > 1:
-            first = 0 if tape.domain.batch is None else 1
-            parts = [torch.cat([part.flatten(first) for part in parts], dim=-1)]
-        whole = parts[0]
+        whole = tape.outputs[0] if len(tape.outputs) == 1 else _joined(tape)
         # An output that depends on nothing has no place in the graph; it gets one at its edge.
         return Crossing.of(whole if whole.requires_grad else whole.clone().requires_grad_())
+
+
+def _joined(tape: Tape) -> Tensor:
+    lead = tape.domain.lead
+    # Times one: the gradient that arrives at a view of a complex tensor must not be a slice itself.
+    parts = [
+        part.reshape(*lead, part[0].numel() if lead else part.numel()) * 1 for part in tape.outputs
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 def _merged(
