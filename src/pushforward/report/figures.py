@@ -43,7 +43,9 @@ def pictures(measurement: Measurement) -> tuple[Picture, ...]:
         found += [waterfall(rows, path_title(path)), bound_by_depth(rows, gap(measurement))]
     if visible(measurement).any():
         found += [spectrum(measurement), distribution(measurement)]
-    return (*found, noise(measurement))
+    if measurement.noise:
+        found.append(noise(measurement))
+    return tuple(found)
 
 
 def visible(measurement: Measurement) -> Tensor:

@@ -100,12 +100,16 @@ class Noise:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that a report shows of a model on data; ``shape`` is (m, n) of one sample's Jacobian."""
+    """All that a report shows of a model on data; ``shape`` is (m, n) of one sample's Jacobian.
+
+    ``noise`` lacks the sigmas in ``unbearable``, at which noise led out of the model's domain.
+    """
 
     shape: tuple[int, int]
     jacobians: Jacobians
     path: Path
     noise: tuple[Noise, ...]
+    unbearable: tuple[float, ...]
     input_norm: Tensor
     spread: float
 
@@ -133,11 +137,15 @@ def measure(
         shape = jacobian_shape(model, data.x)
         chunk = chunk_size(shape, data.x, memory)
         tiles = list(_tiles(_Work(model, data, layers, seed, memory, chunk, spread), progress))
+    levels = list(zip(*(tile.noise for tile in tiles), strict=True))
     return Measurement(
         shape=shape,
         jacobians=joined([tile.jacobians for tile in tiles]),
         path=joined_paths([tile.path for tile in tiles]),
-        noise=tuple(joined(level) for level in zip(*(tile.noise for tile in tiles), strict=True)),
+        noise=tuple(joined(level) for level in levels if None not in level),
+        unbearable=tuple(
+            factor * spread for factor, level in zip(SIGMAS, levels, strict=True) if None in level
+        ),
         input_norm=torch.linalg.vector_norm(data.x.flatten(1).double(), dim=1),
         spread=spread,
     )
@@ -208,7 +216,7 @@ class _Work:
 class _Tile:
     jacobians: Jacobians
     path: Path
-    noise: tuple[Noise, ...]
+    noise: tuple[Noise | None, ...]
 
 
 def _tiles(work: _Work, progress: Progress) -> Iterator[_Tile]:
@@ -298,16 +306,15 @@ def _path(work: _Work, x: Tensor) -> Path:
 _LOGS = ("log_gain", "log_fro", "log_bound_so_far")
 
 
-def _noise(work: _Work, x: Tensor, sigma: float, draw: int) -> Noise:
+def _noise(work: _Work, x: Tensor, sigma: float, draw: int) -> Noise | None:
     """The response at one sigma; each tile and sigma draws noise of its own."""
-    response = noise_response(
-        work.model,
-        x,
-        sigma,
-        samples=NOISE_SAMPLES,
-        batch_dim=0,
-        seed=(work.seed * 1_000_003 + draw) % 2**63,
-    )
+    seed = (work.seed * 1_000_003 + draw) % 2**63
+    try:
+        response = noise_response(
+            work.model, x, sigma, samples=NOISE_SAMPLES, batch_dim=0, seed=seed
+        )
+    except InputError:  # the model is finite at x, which was seen, and not at x + e
+        return None
     estimate = response.ratio
     low, high = estimate.interval
     spread = student_quantile((1 + estimate.confidence) / 2, NOISE_SAMPLES // 2 - 1)

@@ -48,6 +48,7 @@ def payload(report: Report) -> dict[str, Any]:
         **_jacobians(report.measurement),
         "accuracy": accuracy(report.measurement, report.data.y),
         "noise": _noise(report.measurement),
+        "unbearable": report.measurement.unbearable,
     }
 
 

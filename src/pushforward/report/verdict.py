@@ -127,6 +127,7 @@ def _details(measurement: Measurement, labels: Tensor | None) -> tuple[str, ...]
         _radius(measurement),
         _accuracy(measurement, labels),
         linearity(noise_means(measurement)),
+        _unbearable(measurement),
     ]
     return _of_all(sentences)
 
@@ -215,8 +216,17 @@ def _accuracy(measurement: Measurement, labels: Tensor | None) -> str | None:
     return f"{percent(right)} of these samples are classified rightly."
 
 
-def linearity(levels: tuple[NoiseMean, ...]) -> str:
+def _unbearable(measurement: Measurement) -> str | None:
+    if not measurement.unbearable:
+        return None
+    smallest = number(min(measurement.unbearable))
+    return f"From sigma = {smallest} on, noise leads to inputs where the model is not finite."
+
+
+def linearity(levels: tuple[NoiseMean, ...]) -> str | None:
     """Up to which noise the Jacobian predicts the response, on average over samples."""
+    if not levels:
+        return None
     seen = [level for level in levels if level.resolved]
     if not seen:
         return "The response to noise drowns in rounding, so that nothing can be said of it."
