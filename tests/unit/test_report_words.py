@@ -87,7 +87,6 @@ def path(*gains: float) -> tuple[Step, ...]:
 class TestPath:
     def test_largest_gain_and_its_share(self) -> None:
         found = path(0.1, 0.8, -0.2, 1.5, 9.0)
-        most = "layer3 gains 1.5 decades"
         assert (
             path_sentence(found) == "layer3 gains 1.5 decades, three fifths of all that is gained"
         )
