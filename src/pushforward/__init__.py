@@ -5,14 +5,15 @@ Exact where it can be, cheap because it chooses its passes, honest where it esti
 
 from pushforward import autograd, errors, linalg
 from pushforward.density import AutoTransform, Pushforward, logdetcheck, value_and_logabsdet
+from pushforward.derivatives import hessian, jacobian, plan
 from pushforward.differential import divergence, laplacian
 from pushforward.errors import PushforwardError
 from pushforward.estimate import Estimate
-from pushforward.jacobians import Jacobian, hessian, jacobian, plan
+from pushforward.jacobians import Jacobian
 from pushforward.noise import noise_response
 from pushforward.operators import LinearOperator, aslinearoperator
 from pushforward.path import PathBound, path_bound
-from pushforward.planning import Plan
+from pushforward.plans import Plan
 
 __version__ = "0.1.0"
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from pushforward.boundary import Arguments
+from pushforward.checks import check_samples
+from pushforward.derivatives import jacobian
 from pushforward.errors import DimensionError, InputError
-from pushforward.jacobians import jacobian
 from pushforward.passes import Linearization
-from pushforward.planning import Problem, blocks, check_samples
+from pushforward.planning import blocks
+from pushforward.problems import Problem
 from pushforward.purity import recording
 from pushforward.tape import Tape, record, record_gradient
 

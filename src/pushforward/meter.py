@@ -39,6 +39,11 @@ class _Meter(TorchDispatchMode):
         self.flops = self.moved = self.held = self.peak = 0
         self._known: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Otherwise the first op imports the compiler, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in pytree.tree_leaves((args, kwargs)):

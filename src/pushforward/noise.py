@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pushforward.boundary import Layout, as_real
+from pushforward.derivatives import jacobian
 from pushforward.errors import InputError, ShapeError
 from pushforward.estimate import Estimate, student_quantile
-from pushforward.jacobians import Jacobian, jacobian
+from pushforward.jacobians import Jacobian
 from pushforward.purity import RandomState, untouched
 
 CONFIDENCE = 0.95

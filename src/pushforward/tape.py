@@ -86,38 +86,34 @@ def record(
     ``order`` is how often the graph is to be differentiated, the gradients of results not counted.
     """
     state = state or RandomState.now()
-    tape = _evaluate(function, arguments, batch_dim, state)
+    tape = _evaluate(function, arguments, batch_dim, state, order)
     unfit = UNFIT if order == 1 else UNFIT | UNFIT_THIRD
-    if tape.census.ops & unfit:
-        with composites():
-            composed = _evaluate(function, arguments, batch_dim, state)
-        tape = replace(composed, value=tape.value)
-    return replace(tape, order=order)
+    if tape.census.ops.isdisjoint(unfit):
+        return tape
+    with composites():
+        composed = _evaluate(function, arguments, batch_dim, state, order)
+    return replace(composed, value=tape.value)
 
 
 def _evaluate(
-    function: Callable[..., Any], arguments: Arguments, batch_dim: int | None, state: RandomState
+    function: Callable[..., Any],
+    arguments: Arguments,
+    batch_dim: int | None,
+    state: RandomState,
+    order: int,
 ) -> Tape:
     attach = torch.is_grad_enabled()
+    given = _active(arguments)
     with untouched(function, state) as modules:
-        inputs = tuple(_source(leaf, attach) for leaf in _active(arguments))
+        inputs = tuple(_source(leaf, attach) for leaf in given)
         value = function(*arguments.substitute(_fresh(arguments, inputs)))
         leaves, codomain = _outputs(value, arguments, batch_dim)
         outputs = tuple(as_real(leaf) for leaf in codomain.select(leaves))
-        census = _census_of_tape(arguments, inputs, outputs, attach)
+        census = take_census(outputs, inputs, given, attach)
     if not census.attached:
         value = _detached(leaves, codomain)
-    mode = tuple(module.training for module in modules)
-    return Tape(function, arguments, state, value, inputs, outputs, codomain, census, mode)
-
-
-def _census_of_tape(
-    arguments: Arguments, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attach: bool
-) -> Census:
-    census = take_census(outputs, inputs)
-    attached = attach and (census.attached or any(x.grad_fn is not None for x in inputs))
-    given = [(x, x._version) for x in _active(arguments) if not x.is_inference()]
-    return replace(census, attached=attached, versions=(*census.versions, *given))
+    mode = tuple([module.training for module in modules])
+    return Tape(function, arguments, state, value, inputs, outputs, codomain, census, mode, order)
 
 
 def record_gradient(
@@ -136,7 +132,7 @@ def record_gradient(
         )
     with recording():
         gradient = _gradient(tape)
-    census = replace(take_census(gradient, tape.inputs), attached=tape.census.attached)
+    census = take_census(gradient, tape.inputs, _active(arguments), tape.census.attached)
     return replace(tape, outputs=gradient, codomain=tape.domain, census=census, is_gradient=True)
 
 
@@ -223,11 +219,22 @@ def source_node(tensor: Tensor) -> Node:
     return torch.autograd.graph.get_gradient_edge(tensor).node
 
 
-def take_census(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Census:
-    """Walk the graph from the outputs back to the inputs."""
+def take_census(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    given: Sequence[Tensor] = (),
+    attach: bool = True,
+) -> Census:
+    """Walk the graph from the outputs back to the inputs.
+
+    ``given`` are the tensors that the inputs were made of; ``attach`` is whether anybody wants
+    gradients of what will be computed.
+    """
     sources = {source_node(x) for x in inputs}
-    ops, custom, versions = set(), set(), []
-    attached = reaches = False
+    ops, custom = set(), set()
+    versions = [(x, x._version) for x in given if not x.is_inference()]
+    attached = any(x.grad_fn is not None for x in inputs)
+    reaches = False
     for node in nodes_behind([y.grad_fn for y in outputs], sources):
         if node in sources:
             reaches = True
@@ -240,7 +247,7 @@ def take_census(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Census:
             ops.add(name)
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 custom.add(name)
-    return Census(frozenset(ops), frozenset(custom), tuple(versions), attached, reaches)
+    return Census(frozenset(ops), frozenset(custom), tuple(versions), attach and attached, reaches)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import re
 import torch
 from torch import Tensor
 
+from pushforward.derivatives import plan
 from pushforward.errors import InputError
-from pushforward.jacobians import plan
 from pushforward.report.fitting import evaluating
 from pushforward.report.models import load_model
 

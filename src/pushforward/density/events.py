@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pushforward.derivatives import jacobian
 from pushforward.errors import CouplingError, ShapeError
-from pushforward.jacobians import Jacobian, jacobian
-from pushforward.planning import function_name
+from pushforward.jacobians import Jacobian
+from pushforward.plans import function_name
 from pushforward.purity import untouched
 
 Shape = tuple[int, ...]

@@ -24,7 +24,7 @@ from pushforward.density.events import Events, Shape, Views, require_shape, wors
 from pushforward.density.inversion import distance, invert, is_off, ranked
 from pushforward.density.transforms import given_inverse, require_callables
 from pushforward.errors import DimensionError, InputError, ShapeError
-from pushforward.planning import function_name
+from pushforward.plans import function_name
 
 # Draws of the base among which the numerical inverse chooses where to start: by the distance of
 # their images, the nearest ones and some far ones, which may lie in another valley.

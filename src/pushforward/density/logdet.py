@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pushforward.density.events import Events, Shape, worst_index
+from pushforward.derivatives import jacobian
 from pushforward.errors import DimensionError, InputError, LogDetError, ShapeError
-from pushforward.jacobians import jacobian
 from pushforward.linalg import slogdet
-from pushforward.planning import function_name
+from pushforward.plans import function_name
 from pushforward.purity import untouched
 
 

@@ -14,7 +14,7 @@ from pushforward.density.events import Events, Views, worst_index
 from pushforward.density.inversion import invert, ranked, reattach, surface_tolerance
 from pushforward.errors import InputError, ShapeError
 from pushforward.linalg import slogdet, upcast
-from pushforward.planning import function_name
+from pushforward.plans import function_name
 
 
 class AutoTransform(Transform, nn.Module):

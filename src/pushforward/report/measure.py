@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pushforward.boundary import Structure
+from pushforward.derivatives import jacobian
 from pushforward.errors import (
     DifferentiationError,
     InputError,
@@ -23,7 +24,6 @@ from pushforward.errors import (
     PushforwardError,
 )
 from pushforward.estimate import student_quantile
-from pushforward.jacobians import jacobian
 from pushforward.noise import noise_response
 from pushforward.path import path_bound
 from pushforward.report.data import DataSet

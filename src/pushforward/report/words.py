@@ -1,7 +1,6 @@
 """Numbers and names as people read them."""
 
 import math
-from collections.abc import Iterable
 
 DECADE = math.log(10)  # nats
 _SHARES = (
@@ -28,12 +27,6 @@ def share(fraction: float) -> str:
     return min(_SHARES, key=lambda entry: abs(entry[0] - fraction))[1]
 
 
-def decades(nats: float) -> str:
-    """A logarithm in decades, "0.8 decades"."""
-    amount = number(nats / DECADE, places=1)
-    return f"{amount} decade" if amount == "1.0" else f"{amount} decades"
-
-
 def number(value: float, places: int | None = None) -> str:
     """Three significant digits, or ``places`` after the point; plain where it is short enough."""
     if not math.isfinite(value):
@@ -56,12 +49,6 @@ def percent(fraction: float) -> str:
     """A fraction as a percentage, with one digit after the point where that says something."""
     amount = 100 * fraction
     return f"{amount:.0f} %" if amount >= 10 or amount == round(amount) else f"{amount:.1f} %"
-
-
-def listed(words: Iterable[str]) -> str:
-    """Words in a row: "a, b and c"."""
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def readable(name: str) -> str:

@@ -1,0 +1,117 @@
+"""A plan is verified where it is made: what is assumed of a map is tried on random vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pushforward.errors import CouplingError, DifferentiationError
+from pushforward.problems import Problem
+from pushforward.tape import coupling_op, op_name
+
+
+def check_samples(problem: Problem) -> tuple[str, ...]:
+    """Refuse a batch whose samples influence each other.
+
+    Scaling the cotangent of each sample by its own power of two scales the gradient of that sample
+    by exactly the same, unless another sample's cotangent reaches it.
+    """
+    batch = problem.linear.tape.domain.batch
+    if batch is None:
+        return ()
+    if batch > 1 and not samples_independent(problem):
+        raise CouplingError(_coupling_message(problem, batch))
+    return ("samples are independent: checked",)
+
+
+def check_batching(problem: Problem) -> tuple[str, ...]:
+    """Go one by one where several cotangents at once give other numbers than each alone."""
+    linear = problem.linear
+    if not linear.batched or problem.m < 2 or linear.tape.domain.batch == 0:
+        return ()
+    cotangents = problem.random(linear.tape.codomain, 2)
+    with torch.no_grad():
+        together = linear.pull(torch.cat(cotangents))
+        apart = torch.cat([linear.pull(u) for u in cotangents])
+    scale = apart.abs().amax().nan_to_num(posinf=0.0)
+    if not linear.batched or _agree(together, apart, scale):
+        return ()
+    linear.batched = False
+    return ("vmap of the backward gives wrong numbers here: cotangents go one by one",)
+
+
+def samples_independent(problem: Problem) -> bool:
+    """Compare the gradients of random cotangents with those of the same ones scaled."""
+    linear = problem.linear
+    (u,) = problem.random(linear.tape.codomain, 1)
+    with torch.no_grad():
+        plain = linear.pull(u)
+        for scale in sample_scales(problem.samples):
+            factor = scale.to(u.device, u.dtype).reshape(1, -1, 1)
+            if not _scaled_alike(plain * factor.to(plain.dtype), linear.pull(u * factor)):
+                return False
+    return True
+
+
+def sample_scales(samples: int) -> Iterator[Tensor]:
+    """Signed powers of two, (B,), in as few rounds as tell every two samples apart in one.
+
+    A pair with the same scale in all rounds could hide its coupling: samples get the digits of
+    their number.
+    """
+    digits = torch.tensor([sign * 2.0**k for k in range(-3, 4) for sign in (1, -1)])
+    left = torch.arange(samples)
+    while True:
+        yield digits[left % len(digits)]
+        left = left // len(digits)
+        if not left.any():
+            return
+
+
+def _scaled_alike(expected: Tensor, came: Tensor) -> bool:
+    tolerance = 64 * torch.finfo(expected.dtype).eps * expected.abs().amax(-1, keepdim=True)
+    close = (came - expected).abs() <= tolerance
+    return bool((close | ~torch.isfinite(expected)).all())
+
+
+def _coupling_message(problem: Problem, batch: int) -> str:
+    tape = problem.linear.tape
+    (u,) = problem.random(tape.codomain, 1)
+    u[:, (batch + 1) // 2 :] = 0
+    op = coupling_op(tape, [part[0] for part in tape.codomain.split(u)], batch)
+    trains = "norm" in (op or "") and any(tape.mode)
+    advice = "call .eval() on the model first, or " if trains else ""
+    return (
+        "batch_dim=0 expects independent samples, but they influence each other through "
+        f"{op or 'an op'}; {advice}use batch_dim=None for one map of the whole batch"
+    )
+
+
+def why_not_forward(problem: Problem) -> str | None:
+    """Try <u, J v> = <J^T u, v>, which fails where a second derivative is missing or wrong."""
+    linear = problem.linear
+    v = torch.cat(problem.random(linear.tape.domain, 2))
+    (u,) = problem.random(linear.tape.codomain, 1)
+    try:
+        with torch.no_grad():
+            pushed, pulled = linear.push(v), linear.pull(u)
+    except (RuntimeError, DifferentiationError) as error:
+        return f"no second derivative ({str(error).splitlines()[0][:80]})"
+    if linear.by_rows:
+        return "no second derivative, so that J v is made of rows"
+    if not _agree(_inner(u, pushed), _inner(pulled, v), _inner(u.abs(), pushed.abs())):
+        ops = ", ".join(op_name(name) for name in sorted(linear.tape.census.custom))
+        return f"J v and J^T u disagree; the backward of {ops or 'an op'} is not a linear graph"
+    return None
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() * b.double()).sum(-1)
+
+
+def _agree(one: Tensor, other: Tensor, scale: Tensor) -> bool:
+    tolerance = 1e-2 if one.dtype.itemsize < 4 else 1e-3
+    bounded = torch.isfinite(one) & torch.isfinite(other)
+    return bool(((one - other).abs() <= tolerance * scale)[bounded].all())

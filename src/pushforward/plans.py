@@ -1,0 +1,142 @@
+"""The plan that users hold: what was chosen and why, as a table, and a way to use it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from pushforward.boundary import Layout
+from pushforward.planning import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a quantity of one map is computed: made once, used at any point of the same shapes.
+
+    Call it with other arguments to get the Jacobian there without planning again.
+
+    Attributes:
+        strategy: the name of the strategy that was chosen.
+        passes: the AD passes that one evaluation makes; ``jvps`` and ``vjps`` are its parts. For a
+            Hessian, Hessian-vector products.
+        chunk: how many of them run together.
+        pattern, nnz: None, where no sparsity was detected.
+        rejected: the other strategies, and why they were not taken.
+    """
+
+    function: Callable[..., Any]
+    argnums: int | tuple[int, ...]
+    batch_dim: int | None
+    quantity: str
+    memory: int | None
+    domain: Layout
+    codomain: Layout
+    recipe: Recipe
+    mode: tuple[bool, ...]
+    make: Callable[..., Any]
+
+    @property
+    def strategy(self) -> str:
+        return self.recipe.candidate.strategy
+
+    @property
+    def jvps(self) -> int:
+        return self.recipe.candidate.jvps
+
+    @property
+    def vjps(self) -> int:
+        return self.recipe.candidate.vjps
+
+    @property
+    def passes(self) -> int:
+        return self.recipe.candidate.passes
+
+    @property
+    def chunk(self) -> int:
+        return self.recipe.chunk
+
+    @property
+    def rejected(self) -> tuple[tuple[str, str], ...]:
+        return self.recipe.rejected
+
+    @property
+    def pattern(self) -> None:
+        return None
+
+    @property
+    def nnz(self) -> None:
+        return None
+
+    def __call__(self, *args: Any) -> Any:
+        """The Jacobian at other arguments of the same shapes and dtypes.
+
+        Raises:
+            PlanError: the arguments, or the training mode, are not those of the plan.
+        """
+        return self.make(self, args)
+
+    def __str__(self) -> str:
+        width = max(len(label) for label, _ in self._lines())
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in self._lines())
+
+    def __repr__(self) -> str:
+        m, n = self.codomain.size, self.domain.size
+        return f"Plan({self.quantity} {m} x {n}: {self.strategy}, {self.passes} passes)"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(label)}</th>"
+            f"<td style='text-align:left'>{escape(text)}</td></tr>"
+            for label, text in self._lines()
+        )
+        return f"<table>{rows}</table>"
+
+    def _lines(self) -> list[tuple[str, str]]:
+        m, n = self.codomain.size, self.domain.size
+        batch = "" if self.domain.batch is None else f", {self.domain.batch} samples"
+        lines = [
+            ("plan", f"{self.quantity} of {function_name(self.function)}"),
+            ("size", f"{m} x {n}{batch}"),
+            ("input", self.domain.describe()),
+            ("output", self.codomain.describe()),
+            ("strategy", f"{self.strategy}: {self._passes()}"),
+            ("pattern", "not detected: every entry is computed"),
+        ]
+        cost = self.recipe.candidate.cost
+        if cost is not None:
+            text = f"{_si(cost.flops)}FLOP, {_si(cost.moved)}B written, {_si(cost.peak)}B held"
+            lines.append(("one pass", text))
+        if self.memory is not None:
+            lines.append(("memory", f"{_si(self.memory)}B"))
+        lines += [("rejected", f"{name}: {why}") for name, why in self.rejected]
+        lines += [("checked", note) for note in self.recipe.notes]
+        return lines
+
+    def _passes(self) -> str:
+        what = "Hessian-vector products" if self.quantity == "hessian" else "passes"
+        kind = "forward" if self.jvps else "backward"
+        count = (
+            f"{self.passes} {what}"
+            if self.quantity == "hessian"
+            else f"{self.passes} {kind} {what}"
+        )
+        return (
+            f"{count}, {self.chunk} at a time"
+            if self.strategy != "loop"
+            else f"{count}, one by one"
+        )
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """What to call a function in tables and messages."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _si(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} T"
