@@ -23,6 +23,8 @@ import pytest
 import torch
 import yaml
 
+import pushforward as pf
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(
@@ -202,6 +204,12 @@ def test_changelog_has_this_version():
     assert re.search(
         rf"^## \[{re.escape(project['version'])}\] - \d{{4}}-\d\d-\d\d$", changelog, re.M
     )
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    pages = " ".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    names = [name for name in pf.__all__ if not name.startswith("_")]
+    assert {name for name in names if not re.search(rf"\b{name}\b", pages)} == set()
 
 
 @pytest.mark.parametrize("command", ["report", "explain"])
