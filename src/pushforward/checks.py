@@ -29,7 +29,7 @@ def check_samples(problem: Problem) -> tuple[str, ...]:
 def check_batching(problem: Problem) -> tuple[str, ...]:
     """Go one by one where several cotangents at once give other numbers than each alone."""
     linear = problem.linear
-    if not linear.batched or problem.m < 2 or linear.tape.domain.batch == 0:
+    if not linear.batched or problem.m < 2 or problem.entries == 0:
         return ()
     cotangents = problem.random(linear.tape.codomain, 2)
     with torch.no_grad():

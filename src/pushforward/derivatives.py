@@ -50,6 +50,7 @@ def jacobian(
     Cost: one evaluation of ``f``; then min(m, n) passes for all entries, one per product.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([1.0, 2.0, 3.0])
         >>> jacobian(lambda x: x.prod() * x[:2], x).dense()
         tensor([[12.,  3.,  2.],
@@ -84,6 +85,7 @@ def hessian(
     mode over reverse mode: the nested forward modes of torch are wrong for several ops.
 
     Example:
+        >>> import torch
         >>> hessian(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0])).dense()
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
@@ -113,6 +115,7 @@ def plan(
         As in `jacobian`.
 
     Example:
+        >>> import torch
         >>> plan(torch.sin, torch.zeros(3)).passes
         3
     """

@@ -192,7 +192,7 @@ def gradients_of(
     if batched and count > 1:
         try:
             return _many(outputs, inputs, seeds, count, create), True
-        except RuntimeError as error:
+        except Exception as error:  # a backward in Python can object to vmap in any way
             if _freed(error):
                 raise
             batched = False
@@ -273,7 +273,7 @@ def _random(side: Layout) -> Tensor:
     return torch.randn(1, *side.lead, side.size, generator=generator).to(side.device, side.dtype)
 
 
-def _freed(error: RuntimeError) -> bool:
+def _freed(error: Exception) -> bool:
     return "a second time" in str(error)
 
 
