@@ -51,6 +51,26 @@ class SavedSquare(torch.autograd.Function):
         return 2 * x * gradient
 
 
+class Opaque(torch.autograd.Function):
+    """3x, with a backward that autograd cannot see into."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return torch.from_numpy(3 * gradient.detach().double().numpy()).to(gradient.dtype)
+
+
+@case("opaque_backward", "batched", "square", "symmetric")
+def opaque_backward() -> Problem:
+    """Its J^T u has no graph, so that J v cannot come from differentiating it once more."""
+    return Problem(
+        Opaque.apply, (randn(3, 4),), jacobian=lambda: 3 * torch.eye(12, dtype=torch.float64)
+    )
+
+
 @case("straight_through", "batched", "square", "symmetric", "surrogate")
 def straight_through() -> Problem:
     x = randn(3, 4)
