@@ -21,7 +21,7 @@ def check_samples(problem: Problem) -> tuple[str, ...]:
     batch = problem.linear.tape.domain.batch
     if batch is None:
         return ()
-    if batch > 1 and not samples_independent(problem):
+    if batch > 1 and problem.entries > 0 and not samples_independent(problem):
         raise CouplingError(_coupling_message(problem, batch))
     return ("samples are independent: checked",)
 
@@ -99,6 +99,8 @@ def why_not_forward(problem: Problem) -> str | None:
             pushed, pulled = linear.push(v), linear.pull(u)
     except (RuntimeError, DifferentiationError) as error:
         return f"no second derivative ({str(error).splitlines()[0][:80]})"
+    if linear.by_rows:
+        return "no second derivative, so that J v is made of rows"
     if linear.by_rows:
         return "no second derivative, so that J v is made of rows"
     if not _agree(_inner(u, pushed), _inner(pulled, v), _inner(u.abs(), pushed.abs())):

@@ -137,7 +137,10 @@ def log_pdet(A: Tensor, rtol: float | None = None) -> Tensor:
 def pdet(A: Tensor, rtol: float | None = None) -> Tensor:
     """Pseudo-determinant: the product of the singular values over `rtol` times the largest.
 
-    ``exp(log_pdet(A, rtol))``: see there. The zero matrix has the empty product, 1.
+    ``exp(log_pdet(A, rtol))``: (..., m, n) -> (...). The zero matrix has the empty product, 1.
+
+    Raises:
+        As in `log_pdet`.
 
     >>> pdet(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
     tensor(2.)

@@ -87,6 +87,7 @@ class AutoTransform(Transform, nn.Module):
         return state
 
     def with_cache(self, cache_size: int = 1) -> AutoTransform:
+        """The same transform, which remembers the last (x, y) if ``cache_size`` is 1."""
         if self._cache_size == cache_size:
             return self
         return AutoTransform(self.f, self.inverse, self._event_dim, cache_size)
