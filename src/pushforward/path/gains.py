@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,17 +10,52 @@ from torch import Tensor
 
 from pushforward.errors import DifferentiationError
 from pushforward.path.pull import Passes, blocks, sample_norms, unit_vectors
+from pushforward.path.record import Crossing
 from pushforward.path.steps import Step
 
 
 def log_sensitivities(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor:
     """Return log ||d out / d h_l||_F for the tensor before each step, ``(steps, samples)``.
 
-    All outputs are pulled back together, step by step. Each sample is brought back to size one on
-    the way, and its logarithm kept in float64, so that no depth makes it underflow or overflow.
+    One backward pass per output, which all tensors take their gradients from. Where these leave
+    the range in which their dtype is accurate, the passes are repeated step by step.
+    """
+    found = _at_once(passes, steps, samples)
+    return _step_by_step(passes, steps, samples) if found is None else found
+
+
+def _at_once(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor | None:
+    output, places = steps[-1].stop, [step.start for step in steps]
+    squares = torch.zeros(len(steps), samples, dtype=torch.float64, device=output.device)
+    like = torch.empty(0, dtype=output.dtype, device=output.device)
+    size = passes.rows_per_pass(output.shape, *(place.shape for place in places), like=like)
+    count = math.prod(output.shape) // samples
+    for first in range(0, count, size):
+        seeds = unit_vectors(output, samples, first, min(first + size, count))
+        rows = passes.pull_to_all(output, places, seeds)
+        norms = torch.stack([sample_norms(part, samples) for part in rows])
+        squares += norms.square()
+        if not _accurate(squares.sqrt(), places):
+            return None
+    return squares.log() / 2
+
+
+def _accurate(norms: Tensor, places: Sequence[Crossing]) -> bool:
+    """Whether gradients of these norms are far from underflow and overflow; 0 may have been one."""
+    for row, place in zip(norms, places, strict=True):
+        tiny = torch.finfo(place.dtype).tiny ** 0.5
+        if place.dtype.itemsize < 4 or not bool(((row > tiny) & (row < 1 / tiny)).all()):
+            return False
+    return True
+
+
+def _step_by_step(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor:
+    """The same for networks of any depth: all outputs are pulled back through one step at a time.
+
+    Each sample is brought back to size one on the way, and its logarithm kept in float64.
     """
     output = steps[-1].stop
-    count = _size(output.shape) // max(1, samples)
+    count = math.prod(output.shape) // samples
     places = [output, *(step.start for step in steps)]
     total = torch.full((len(steps), samples), -torch.inf, dtype=torch.float64, device=output.device)
     for first, last in blocks(count, *places):
@@ -69,10 +105,6 @@ def _refuse_infinite(norms: Tensor, step: Step) -> None:
             f"path_bound expects a finite Jacobian, but its products become {kind} in step "
             f"{step.name!r}; look for a root, a logarithm or a division there, or use float64"
         )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def gains(sensitivities: Tensor) -> Tensor:

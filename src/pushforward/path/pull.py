@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ BLOCK_BYTES = 2**28
 CACHE_BYTES = {"cpu": 2**20}
 ELSEWHERE_BYTES = 2**26
 FEW = 8
+# Between this and its inverse the squares of a float32 vector neither underflow nor overflow.
+TINY = 1e-12
 
 
 @dataclass(eq=False)
@@ -42,7 +45,15 @@ class Passes:
         self.count += len(cotangents)
         if start.edge == stop.edge:
             return cotangents
-        return self._grad(start.edge, stop.edge, cotangents, stop)
+        return self._grad(start.edge, (stop.edge,), cotangents, (stop.shape,))[0]
+
+    def pull_to_all(
+        self, start: Crossing, stops: Sequence[Crossing], cotangents: Tensor
+    ) -> list[Tensor]:
+        """``(k, *start.shape) -> (k, *stop.shape)`` for several places in one backward pass."""
+        self.count += len(cotangents)
+        sources, shapes = [stop.edge for stop in stops], [stop.shape for stop in stops]
+        return self._grad(start.edge, sources, cotangents, shapes)
 
     def transposed(self, start: Crossing, stop: Crossing) -> Callable[[Tensor], Tensor]:
         """Return v -> J v, ``(k, *stop.shape) -> (k, *start.shape)``, by differentiating
@@ -77,30 +88,47 @@ class Passes:
 
     def _push(self, pulled: Tensor, cotangent: Tensor, tangents: Tensor, start: Crossing) -> Tensor:
         self.count += len(tangents)
-        return self._grad(pulled, cotangent, tangents, start)
+        return self._grad(pulled, (cotangent,), tangents, (start.shape,))[0]
 
-    def _grad(self, output: Source, source: Source, seeds: Tensor, like: Crossing) -> Tensor:
-        def one(seed: Tensor) -> Tensor:
-            (gradient,) = torch.autograd.grad(
-                (output,), (source,), (seed,), retain_graph=True, allow_unused=True
+    def _grad(
+        self,
+        output: Source,
+        sources: Sequence[Source],
+        seeds: Tensor,
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[Tensor]:
+        def one(seed: Tensor) -> tuple[Tensor, ...]:
+            gradients = torch.autograd.grad(
+                cast(Any, output), cast(Any, sources), seed, retain_graph=True, allow_unused=True
             )
-            return seed.new_zeros(like.shape) if gradient is None else gradient
+            return tuple(
+                seed.new_zeros(shape) if gradient is None else gradient
+                for gradient, shape in zip(gradients, shapes, strict=True)
+            )
 
-        size = self._rows_per_pass(seeds, like)
-        if size > 1:
+        size = self.rows_per_pass(seeds.shape[1:], *shapes, like=seeds)
+        if size > 1 and len(seeds) > 1:
             try:
                 with quiet_vmap():
-                    return torch.cat([torch.func.vmap(one)(part) for part in seeds.split(size)])
+                    parts = [torch.func.vmap(one)(part) for part in seeds.split(size)]
+                return [_whole(torch.cat, pieces) for pieces in zip(*parts, strict=True)]
             except RuntimeError:
                 self.batched = False
-        return torch.stack([one(seed) for seed in seeds])
+        each = [one(seed) for seed in seeds]
+        return [_whole(torch.stack, pieces) for pieces in zip(*each, strict=True)]
 
-    def _rows_per_pass(self, seeds: Tensor, like: Crossing) -> int:
-        if not self.batched or len(seeds) == 1:
-            return 1
-        row = max(seeds[0].numel(), math.prod(like.shape)) * seeds.dtype.itemsize
-        size = CACHE_BYTES.get(seeds.device.type, ELSEWHERE_BYTES) // max(1, row)
-        return size if size >= FEW else 1
+    def rows_per_pass(self, *shapes: Sequence[int], like: Tensor) -> int:
+        """How many cotangents to send through one pass, given the tensors on the way."""
+        row = max(math.prod(shape) for shape in shapes) * like.dtype.itemsize
+        size = CACHE_BYTES.get(like.device.type, ELSEWHERE_BYTES) // max(1, row)
+        return size if self.batched and size >= FEW else 1
+
+
+def _whole(join: Callable[..., Tensor], pieces: Sequence[Tensor]) -> Tensor:
+    """Join pieces; a single one that is whole already is not copied."""
+    if len(pieces) == 1:
+        return pieces[0] if join is torch.cat else pieces[0].unsqueeze(0)
+    return join(pieces)
 
 
 def _random(place: Crossing) -> Tensor:
@@ -126,5 +154,15 @@ def unit_vectors(place: Crossing, samples: int, first: int, last: int) -> Tensor
 
 def sample_norms(rows: Tensor, samples: int) -> Tensor:
     """Frobenius norm over ``(k, *shape)`` for each sample, in float64; ``(samples,)``."""
-    flat = rows.reshape(len(rows), samples, -1)
-    return torch.linalg.vector_norm(flat, dim=(0, 2), dtype=torch.float64)
+    flat = rows.reshape(len(rows), samples, math.prod(rows.shape[1:]) // samples)
+    if rows.dtype == torch.float32:
+        norms = _norms_of_rows(flat, torch.float32)
+        zero = norms == 0
+        safe = zero | ((norms > TINY) & (norms < 1 / TINY))
+        if safe.all() and not flat[zero].any():
+            return norms.norm(dim=0)
+    return _norms_of_rows(flat, torch.float64).norm(dim=0)
+
+
+def _norms_of_rows(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(flat, dim=-1, dtype=dtype).double()
