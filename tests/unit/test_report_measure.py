@@ -13,6 +13,7 @@ from pushforward.report.data import DataSet
 from pushforward.report.fitting import evaluating, fitted
 from pushforward.report.margins import margins
 from pushforward.report.measure import Measurement, chunk_size, joined_paths, measure
+from pushforward.report.randomness import fitting_threads
 from pushforward.report.spectra import effective_rank, spectra
 from pushforward.report.summary import (
     alive,
@@ -299,6 +300,20 @@ class TestFitting:
         with evaluating(model):
             pass
         assert model.training
+
+
+class TestThreads:
+    def test_small_models_take_one_thread_and_give_the_others_back(self) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            with fitting_threads(net(), points()):
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 2
+            with fitting_threads(net(), torch.zeros(2**20, 1)):
+                assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
 
 
 class TestSummary:

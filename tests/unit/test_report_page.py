@@ -149,7 +149,10 @@ class TestPage:
         assert re.search(r"read as (a|&lt;i&gt;b&lt;/i&gt;|c), is", page)
 
     def test_model_without_classes_or_pictures(self) -> None:
-        page = to_html(make(nn.Linear(4, 1), torch.randn(3, 4)))
+        regression = make(nn.Linear(4, 1), torch.randn(3, 4))
+        content = json.loads(to_json(regression))
+        assert content["margin"] is content["radius"] is content["accuracy"] is None
+        page = to_html(regression)
         assert "no margins and no robustness radii" in page
         assert "robustness radius</dt><dd class" not in page
         assert "<img" not in page

@@ -24,6 +24,7 @@ from pushforward.report.measure import Measurement, measure
 from pushforward.report.models import LoadedModel, load_model
 from pushforward.report.optional import require
 from pushforward.report.payload import Report, to_json
+from pushforward.report.randomness import fitting_threads
 from pushforward.report.render import to_html
 from pushforward.report.summary import Step, spread_over_samples, steps
 from pushforward.report.verdict import verdict
@@ -72,7 +73,8 @@ def build(options: argparse.Namespace) -> Report:
     started = time.monotonic()
     model = _model(options)
     data = fitted(model.module, _data(options))
-    with progress(f"Measuring {len(data.x)} samples") as advance:
+    title = f"Measuring {len(data.x)} samples"
+    with fitting_threads(model.module, data.x), progress(title) as advance:
         measurement = measure(
             model.module,
             data,
@@ -81,7 +83,7 @@ def build(options: argparse.Namespace) -> Report:
             memory=options.memory,
             progress=advance,
         )
-    provenance = _provenance(options, data, time.monotonic() - started)
+        provenance = _provenance(options, data, time.monotonic() - started)
     return Report(model, data, measurement, verdict(measurement, data.y), provenance)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pushforward.report.data import HELD_OUT, digits
 from pushforward.report.models import LoadedModel
 from pushforward.report.optional import require
-from pushforward.report.randomness import seeded
+from pushforward.report.randomness import one_thread, seeded
 from pushforward.report.writing import write_together
 
 EPOCHS = 10
@@ -85,9 +85,9 @@ def embedded_model(seed: int = 0, progress: Progress = lambda done, total: None)
 
 
 def trained(seed: int, progress: Progress = lambda done, total: None) -> DigitsNet:
-    """A net trained with Adam and a one-cycle rate; the same bits for the same seed and machine."""
+    """A net trained with Adam and a one-cycle rate; the same bits for the same seed."""
     x, y = training_digits()
-    with seeded(seed), torch.enable_grad():
+    with seeded(seed), one_thread(), torch.enable_grad():
         model = DigitsNet()
         _train(model, x, y, progress)
     return model.eval()

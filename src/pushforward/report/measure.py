@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,7 @@ DEFAULT_MEMORY = 2**30
 COPIES = 4  # of a Jacobian alive at once: itself, for its decomposition, its differences
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)  # in units of the spread of the data
 NOISE_SAMPLES = 64
+PATH_EFFORT = 6  # about how long the path takes, in units of a Jacobian or of noise at one sigma
 
 Progress = Callable[[float, float], None]
 
@@ -220,30 +222,29 @@ class _Tile:
 
 
 def _tiles(work: _Work, progress: Progress) -> Iterator[_Tile]:
-    """Measure tile after tile; each takes as many steps of progress as it has parts."""
+    """Measure tile after tile."""
     x, done = work.data.x, 0.0
-    steps = 2 + len(SIGMAS)
 
-    def step(rows: Tensor) -> None:
+    def step(rows: Tensor, effort: int) -> None:
         nonlocal done
-        done += len(rows) / steps
+        done += len(rows) * effort / (1 + PATH_EFFORT + len(SIGMAS))
         progress(done, float(len(x)))
 
     for number, rows in enumerate(x.split(TILE)):
-        yield _tile(work, number, rows, lambda rows=rows: step(rows))
+        yield _tile(work, number, rows, partial(step, rows))
 
 
-def _tile(work: _Work, number: int, rows: Tensor, step: Callable[[], None]) -> _Tile:
+def _tile(work: _Work, number: int, rows: Tensor, step: Callable[[int], None]) -> _Tile:
     chunks = rows.split(work.chunk)
     starts = range(number * TILE, number * TILE + len(rows), work.chunk)
     numbers = joined([_jacobians(work, x, i) for x, i in zip(chunks, starts, strict=True)])
-    step()
+    step(1)
     path = joined_paths([_path(work, x) for x in chunks])
-    step()
+    step(PATH_EFFORT)
     levels = []
     for place, sigma in enumerate(SIGMAS):
         levels.append(_noise(work, rows, sigma * work.spread, number * len(SIGMAS) + place))
-        step()
+        step(1)
     return _Tile(numbers, path, tuple(levels))
 
 
