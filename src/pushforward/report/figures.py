@@ -91,7 +91,7 @@ def spectrum(measurement: Measurement) -> Picture:
             + ", ".join(number(value) for value in middle[:10])
             + f". Median effective rank {number(ranks.middle)}."
         ),
-        svg=draw("spectrum", (WIDTH, 3.7), paint),
+        svg=draw("spectrum", (WIDTH, 3.4), paint),
     )
 
 
@@ -137,7 +137,7 @@ def distribution(measurement: Measurement) -> Picture:
             )
         ),
         alt=_distribution_words(measurement, radii),
-        svg=draw("distribution", (WIDTH, 3.3), paint),
+        svg=draw("distribution", (WIDTH, 3.0), paint),
     )
 
 
@@ -227,7 +227,7 @@ def noise(measurement: Measurement) -> Picture:
             + ", ".join(f"{number(s)}: {number(r)}" for s, r in zip(sigmas, ratios, strict=True))
             + f". The linear prediction is {number(linear)}."
         ),
-        svg=draw("noise", (WIDTH, 3.5), paint),
+        svg=draw("noise", (WIDTH, 3.3), paint),
     )
 
 

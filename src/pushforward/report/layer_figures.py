@@ -19,7 +19,7 @@ from pushforward.report.words import number, readable, signed
 
 ROWS = 32  # layers that a picture names; runs of the smallest others are drawn as one
 NAME_LENGTH = 30
-WIDTH = 6.4
+WIDTH = 5.6
 TOTAL = "whole network"
 SIZE_LABEL = "size of the derivative of the output, log₁₀"
 
@@ -88,7 +88,7 @@ def waterfall(rows: Sequence[Step], title: str) -> Picture:
 
 
 def _height(rows: Sequence[Step]) -> float:
-    return 1.1 + 0.27 * max(3, len(rows))
+    return 1.05 + 0.25 * max(3, len(rows))
 
 
 def _bars(axes: Any, rows: Sequence[Step]) -> None:

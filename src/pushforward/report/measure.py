@@ -88,8 +88,8 @@ class Path:
 class Noise:
     """What `pf.noise_response` says at one ``sigma``; tensors are (B,).
 
-    ``spread`` is the part of the interval's half-width that comes from the draws; the rest is what
-    rounding can do.
+    ``spread`` is the half-width of Student's interval around ``ratio``; beyond it ``low`` and
+    ``high`` allow for skewed draws and for rounding.
     """
 
     sigma: float

@@ -109,9 +109,25 @@ def noise_means(measurement: Measurement) -> tuple[NoiseMean, ...]:
 def _noise_mean(level: Noise) -> NoiseMean:
     # The draws of different samples are independent, so that their errors add up in squares;
     # rounding may push all of them the same way.
-    rounding = (level.high - level.ratio - level.spread).clamp_min(0).mean().item()
-    reach = (level.spread.square().sum().sqrt() / len(level.ratio)).item() + rounding
-    ratio = level.ratio.mean().item()
+    rounding = _rounding(level)
+    above = _together(level.high - level.ratio - rounding)
+    below = _together(level.ratio - level.low - rounding)
+    ratio, shift = level.ratio.mean().item(), rounding.mean().item()
     return NoiseMean(
-        level.sigma, ratio, max(0.0, ratio - reach), ratio + reach, level.linear.mean().item()
+        level.sigma,
+        ratio,
+        max(0.0, ratio - below - shift),
+        ratio + above + shift,
+        level.linear.mean().item(),
     )
+
+
+def _rounding(level: Noise) -> Tensor:
+    """What widens both ends of an interval, (B,): skewness widens one, and 0 may cut the lower."""
+    above = level.high - level.ratio - level.spread
+    below = level.ratio - level.low - level.spread
+    return torch.where(level.low > 0, torch.minimum(above, below), above).clamp_min(0)
+
+
+def _together(reaches: Tensor) -> float:
+    return reaches.clamp_min(0).square().sum().sqrt().item() / len(reaches)
