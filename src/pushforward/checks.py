@@ -11,6 +11,9 @@ from pushforward.errors import CouplingError, DifferentiationError
 from pushforward.problems import Problem
 from pushforward.tape import coupling_op, op_name
 
+# How many samples are tried one at a time when the op that couples them is looked for.
+_SINGLES = 64
+
 
 def check_samples(problem: Problem) -> tuple[str, ...]:
     """Refuse a batch whose samples influence each other.
@@ -78,15 +81,28 @@ def _scaled_alike(expected: Tensor, came: Tensor) -> bool:
 
 def _coupling_message(problem: Problem, batch: int) -> str:
     tape = problem.linear.tape
-    (u,) = problem.random(tape.codomain, 1)
-    u[:, (batch + 1) // 2 :] = 0
-    op = coupling_op(tape, [part[0] for part in tape.codomain.split(u)], batch)
+    op = _coupling_op(problem, batch)
     trains = "norm" in (op or "") and any(tape.mode)
     advice = "call .eval() on the model first, or " if trains else ""
     return (
         "batch_dim=0 expects independent samples, but they influence each other through "
         f"{op or 'an op'}; {advice}use batch_dim=None for one map of the whole batch"
     )
+
+
+def _coupling_op(problem: Problem, batch: int) -> str | None:
+    """Look for the op with cotangents of half of the samples, of the others, then of each."""
+    tape = problem.linear.tape
+    (u,) = problem.random(tape.codomain, 1)
+    numbers = torch.arange(batch)
+    halves = [numbers < batch // 2, numbers >= batch // 2]
+    for chosen in (*halves, *(numbers == i for i in range(min(batch, _SINGLES)))):
+        kept = u * chosen.to(u.device, u.dtype).reshape(1, -1, 1)
+        parts = [part[0] for part in tape.codomain.split(kept)]
+        op = coupling_op(tape, parts, ~chosen)
+        if op is not None:
+            return op
+    return None
 
 
 def why_not_forward(problem: Problem) -> str | None:
@@ -99,8 +115,6 @@ def why_not_forward(problem: Problem) -> str | None:
             pushed, pulled = linear.push(v), linear.pull(u)
     except (RuntimeError, DifferentiationError) as error:
         return f"no second derivative ({str(error).splitlines()[0][:80]})"
-    if linear.by_rows:
-        return "no second derivative, so that J v is made of rows"
     if linear.by_rows:
         return "no second derivative, so that J v is made of rows"
     if not _agree(_inner(u, pushed), _inner(pulled, v), _inner(u.abs(), pushed.abs())):

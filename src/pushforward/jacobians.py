@@ -116,7 +116,7 @@ class Jacobian(LinearOperator):
 
     def _chunked(self, product: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         if product == self._linear.push:
-            self._linear.transpose()
+            self._linear.prepare_push()
         parts = vectors.split(max(self.plan.chunk, 1))
         done = [self._sparingly(product, part) for part in parts]
         return done[0] if len(done) == 1 else torch.cat(done)
@@ -135,7 +135,7 @@ class Jacobian(LinearOperator):
             return reduce(start, strip(start, stop))
 
         if self._by_columns():
-            self._linear.transpose()  # once, and outside of what is made again
+            self._linear.prepare_push()  # once, and outside of what is made again
         return [self._sparingly(part, start, stop) for start, stop in self._ranges()]
 
     def _sparingly(self, work: Callable[..., Tensor], *args: Any) -> Tensor:

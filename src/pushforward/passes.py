@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from pushforward.purity import outside_inference, quiet_vmap, recording
 from pushforward.tape import LinearHead, Tape, linear_head, record_again, refuse_stale
 
 Source = Tensor | GradientEdge
+T = TypeVar("T")
 
 # Rows that are held at a time where J v is made of them.
 _ROWS = 64
@@ -58,14 +60,24 @@ class Linearization:
 
     def push(self, tangents: Tensor) -> Tensor:
         """``(k, [B,] n) -> (k, [B,] m)``: the products ``J v``."""
-        if not self.by_rows:
+        if self.prepare_push():
             try:
-                if self._is_transparent():
-                    return self._retrying(lambda: self._push(tangents))
+                return self._retrying(lambda: self._push(tangents))
             except DifferentiationError:
                 refuse_stale(self.tape)
-            self.by_rows = True
+                self.by_rows = True
         return self._push_by_rows(tangents)
+
+    def prepare_push(self) -> bool:
+        """Make the graph of J^T u, once; False where J v is made of rows instead."""
+        if not self.by_rows:
+            try:
+                self.by_rows = not self._is_transparent()
+                self._retrying(self.transpose)
+            except DifferentiationError:
+                refuse_stale(self.tape)
+                self.by_rows = True
+        return not self.by_rows
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the Jacobian, ``(k, [B,] n)``."""
@@ -163,7 +175,7 @@ class Linearization:
         gradients, self.batched = gradients_of(outputs, inputs, seeds, count, create, self.batched)
         return gradients
 
-    def _retrying(self, product: Callable[[], Tensor]) -> Tensor:
+    def _retrying(self, product: Callable[[], T]) -> T:
         """Record the tape again where somebody's backward pass has freed its graph."""
         with outside_inference():
             try:
@@ -173,7 +185,7 @@ class Linearization:
                     raise _explained(error) from error
             return self._afresh(product)
 
-    def _afresh(self, product: Callable[[], Tensor]) -> Tensor:
+    def _afresh(self, product: Callable[[], T]) -> T:
         refuse_stale(self.tape)
         self.tape = record_again(self.tape)
         self._transposed = None

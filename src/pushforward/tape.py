@@ -290,16 +290,16 @@ def op_name(node_name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", plain).lower() or node_name
 
 
-def coupling_op(tape: Tape, cotangents: Sequence[Tensor], batch: int) -> str | None:
-    """Name the op that lets a cotangent of the first samples reach the others.
+def coupling_op(tape: Tape, cotangents: Sequence[Tensor], others: Tensor) -> str | None:
+    """Name the op that lets a cotangent of some samples reach the others.
 
-    ``cotangents`` are zero outside the first samples; going back from the output, the first op
-    whose incoming gradient keeps to them and whose outgoing one does not is the culprit.
+    ``cotangents`` are zero at ``others``, a mask (B,); going back from the output, the first op
+    whose incoming gradient is zero there and whose outgoing one is not is the culprit.
     """
     found: list[str] = []
     sources = {source_node(x) for x in tape.inputs}
     nodes = nodes_behind([y.grad_fn for y in tape.outputs], sources)
-    handles = [node.register_hook(_watch(node.name(), batch, found)) for node in nodes]
+    handles = [node.register_hook(_watch(node.name(), others, found)) for node in nodes]
     try:
         live = [(y, u) for y, u in zip(tape.outputs, cotangents, strict=True) if y.requires_grad]
         outputs, seeds = zip(*live, strict=True)
@@ -310,20 +310,21 @@ def coupling_op(tape: Tape, cotangents: Sequence[Tensor], batch: int) -> str | N
     return op_name(found[0]) if found else None
 
 
-def _watch(name: str, batch: int, found: list[str]) -> Callable[[Any, Any], None]:
+def _watch(name: str, others: Tensor, found: list[str]) -> Callable[[Any, Any], None]:
     def look(outgoing: Any, incoming: Any) -> None:
-        kept = all(_keeps(gradient, batch) is not False for gradient in incoming)
-        if kept and any(_keeps(gradient, batch) is False for gradient in outgoing):
+        if any(_leaks(g, others) for g in outgoing) and not any(
+            _leaks(g, others) for g in incoming
+        ):
             found.append(name)
 
     return look
 
 
-def _keeps(gradient: Tensor | None, batch: int) -> bool | None:
-    """Whether a gradient vanishes outside the first half of the samples; None where none are."""
-    if gradient is None or gradient.dim() == 0 or gradient.shape[0] != batch:
-        return None
-    return not bool(gradient[(batch + 1) // 2 :].any())
+def _leaks(gradient: Tensor | None, others: Tensor) -> bool:
+    """Whether a gradient with the batch in front is not zero at the other samples."""
+    if gradient is None or gradient.dim() == 0 or gradient.shape[0] != len(others):
+        return False
+    return bool(gradient[others.to(gradient.device)].any())
 
 
 def refuse_stale(tape: Tape) -> None:
