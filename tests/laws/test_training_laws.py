@@ -143,7 +143,9 @@ def test_gradients_through_volumes_of_maps_between_dimensions(quantity: str, sha
     assert_gradients(actual, expected)
 
 
-@pytest.mark.parametrize("strategy", ["reverse", "forward", "loop"])
+@pytest.mark.parametrize(
+    "strategy", ["forward", *(pytest.param(s, marks=pytest.mark.slow) for s in ("reverse", "loop"))]
+)
 @over(without=("tree", "random", "complex", "empty"))
 def test_every_plan_trains(case: Case, strategy: str):
     problem = case.make()
