@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pushforward.errors import CouplingError, DifferentiationError
+from pushforward.passes import random_vectors
 from pushforward.problems import Problem
-from pushforward.tape import coupling_op, op_name
+from pushforward.tape import Tape, coupling_op, op_name
 
 # How many samples are tried one at a time when the op that couples them is looked for.
 _SINGLES = 64
@@ -25,7 +26,7 @@ def check_samples(problem: Problem) -> tuple[str, ...]:
     if batch is None:
         return ()
     if batch > 1 and problem.entries > 0 and not samples_independent(problem):
-        raise CouplingError(_coupling_message(problem, batch))
+        raise CouplingError(coupling_message(problem.linear.tape))
     return ("samples are independent: checked",)
 
 
@@ -79,9 +80,9 @@ def _scaled_alike(expected: Tensor, came: Tensor) -> bool:
     return bool((close | ~torch.isfinite(expected)).all())
 
 
-def _coupling_message(problem: Problem, batch: int) -> str:
-    tape = problem.linear.tape
-    op = _coupling_op(problem, batch)
+def coupling_message(tape: Tape) -> str:
+    """Say which op lets the samples of a batch influence each other, and what to do."""
+    op = _op_that_couples(tape)
     trains = "norm" in (op or "") and any(tape.mode)
     advice = "call .eval() on the model first, or " if trains else ""
     return (
@@ -90,16 +91,14 @@ def _coupling_message(problem: Problem, batch: int) -> str:
     )
 
 
-def _coupling_op(problem: Problem, batch: int) -> str | None:
-    """Look for the op with cotangents of half of the samples, of the others, then of each."""
-    tape = problem.linear.tape
-    (u,) = problem.random(tape.codomain, 1)
-    numbers = torch.arange(batch)
-    halves = [numbers < batch // 2, numbers >= batch // 2]
-    for chosen in (*halves, *(numbers == i for i in range(min(batch, _SINGLES)))):
+def _op_that_couples(tape: Tape) -> str | None:
+    """Look for it with cotangents of half of the samples, of the others, then of each."""
+    (u,) = random_vectors(tape.codomain, 1)
+    numbers = torch.arange(u.shape[1])
+    halves = [numbers < len(numbers) // 2, numbers >= len(numbers) // 2]
+    for chosen in (*halves, *(numbers == i for i in numbers[:_SINGLES])):
         kept = u * chosen.to(u.device, u.dtype).reshape(1, -1, 1)
-        parts = [part[0] for part in tape.codomain.split(kept)]
-        op = coupling_op(tape, parts, ~chosen)
+        op = coupling_op(tape, [part[0] for part in tape.codomain.split(kept)], ~chosen)
         if op is not None:
             return op
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class Linearization:
         return self._transparent
 
     def _is_adjoint(self) -> bool:
-        v, u = (_random(side) for side in (self.tape.domain, self.tape.codomain))
+        v, u = (random_vectors(side, 1)[0] for side in (self.tape.domain, self.tape.codomain))
         with torch.no_grad():
             pushed, pulled = self._retrying(lambda: self._push(v)), self.pull(u)
         one, other = (u * pushed).sum(-1), (pulled * v).sum(-1)
@@ -228,15 +228,7 @@ def _many(
         return [x.new_zeros(count, *x.shape) for x in inputs]
 
     def pull(*each: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            live,
-            inputs,
-            each,
-            retain_graph=True,
-            create_graph=create,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        return _backward(live, inputs, each, create)
 
     with quiet_vmap():
         return list(torch.func.vmap(pull)(*cotangents))
@@ -265,24 +257,33 @@ def _one(
     create: bool,
 ) -> list[Tensor]:
     live, cotangents = _live(outputs, [seed[i] for seed in seeds])
-    if not live:
-        return [torch.zeros_like(x) for x in inputs]
-    gradients = torch.autograd.grad(
-        live,
+    return list(_backward(live, inputs, cotangents, create)) if live else _zeros(inputs)
+
+
+def _zeros(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) for x in inputs]
+
+
+def _backward(
+    outputs: Sequence[Any], inputs: Sequence[Tensor], seeds: Sequence[Tensor], create: bool
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        outputs,
         inputs,
-        cotangents,
+        seeds,
         retain_graph=True,
         create_graph=create,
         allow_unused=True,
         materialize_grads=True,
     )
-    return list(gradients)
 
 
-def _random(side: Layout) -> Tensor:
-    """A vector to try things on, ``(1, [B,] size)``, the same one every time."""
+def random_vectors(side: Layout, count: int) -> tuple[Tensor, ...]:
+    """Vectors to try things on, ``(1, [B,] size)`` each, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *side.lead, side.size, generator=generator).to(side.device, side.dtype)
+    shape = (1, *side.lead, side.size)
+    draws = [torch.randn(shape, generator=generator) for _ in range(count)]
+    return tuple(v.to(side.device, side.dtype) for v in draws)
 
 
 def _freed(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pushforward.boundary import Layout
 from pushforward.errors import InputError
 from pushforward.meter import Cost, measure
-from pushforward.passes import Linearization
+from pushforward.passes import Linearization, random_vectors
 
 QUANTITIES = ("jacobian", "hessian")
 
@@ -70,10 +70,7 @@ class Problem:
 
     def random(self, side: Layout, count: int) -> tuple[Tensor, ...]:
         """Vectors to try things on, ``(1, [B,] size)`` each, the same ones every time."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (1, *side.lead, side.size)
-        draws = [torch.randn(shape, generator=generator) for _ in range(count)]
-        return tuple(v.to(side.device, side.dtype) for v in draws)
+        return random_vectors(side, count)
 
 
 def _cost_of(product: Callable[[], Any]) -> Cost:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -242,7 +242,8 @@ def take_census(
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
             attached = True
-            versions.append((node.variable, node.variable._version))
+            leaf = cast(Any, node).variable
+            versions.append((leaf, leaf._version))
         elif name not in ops:
             ops.add(name)
             if isinstance(node, torch.autograd.function.BackwardCFunction):

@@ -324,7 +324,7 @@ def test_float32_is_measured_in_float64():
     torch.testing.assert_close(path.log_norm, norm_of(model.double(), x), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_thousand_layers_neither_underflow_nor_overflow(scale):
     layers = [nn.Linear(4, 4, bias=False) for _ in range(1000)]
     for layer in layers:
@@ -338,12 +338,66 @@ def test_a_thousand_layers_neither_underflow_nor_overflow(scale):
     torch.testing.assert_close(total, path.log_norm, atol=1e-10, rtol=1e-14)
 
 
-def test_many_outputs_in_blocks(monkeypatch):
-    model, x, _ = built("residual")
+@pytest.mark.parametrize("name", ["residual", "convolutions", "recurrent"])
+@pytest.mark.parametrize("limit", ["BLOCK_BYTES", "CACHE_BYTES", "ELSEWHERE_BYTES"])
+@pytest.mark.parametrize("scale", [1.0, 1e-160])
+def test_blocks_of_any_size_agree(name, limit, scale, monkeypatch):
+    """Also step by step, which norms near underflow ask for."""
+    model, x, _ = built(name)
+    with torch.no_grad():
+        list(model.parameters())[-2].mul_(scale)
     whole = path_bound(model, x)
-    monkeypatch.setattr("pushforward.path.pull.BLOCK_BYTES", 1)
-    torch.testing.assert_close(path_bound(model, x).log_norm, whole.log_norm)
-    torch.testing.assert_close(path_bound(model, x).rungs, whole.rungs)
+    monkeypatch.setattr(f"pushforward.path.pull.{limit}", {} if limit == "CACHE_BYTES" else 1)
+    parts = path_bound(model, x)
+    torch.testing.assert_close(parts.log_norm, whole.log_norm)
+    torch.testing.assert_close(parts.rungs, whole.rungs)
+
+
+def test_ops_that_vmap_cannot_take_go_one_by_one():
+    class Reading(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            assert float(gradient.abs().sum()) >= 0  # reads a value, which vmap refuses
+            return 2 * x * gradient
+
+    class Module(nn.Module):
+        def forward(self, x):
+            return Reading.apply(x)
+
+    model = nn.Sequential(nn.Linear(3, 4), Module(), nn.Linear(4, 9)).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(path_bound(model, x).log_norm, norm_of(model, x))
+
+
+def test_a_model_that_is_recorded_twice_has_its_steps_once():
+    """Ops whose derivatives in torch are lacking are recorded again as composites."""
+
+    class LogDet(nn.Module):
+        def forward(self, x):
+            return torch.linalg.slogdet(x.unflatten(-1, (3, 3)))[1]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 9), LogDet()).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    path = path_bound(model, x)
+    assert [row.name for row in path.layers] == ["0", "1"]
+    torch.testing.assert_close(path.log_norm, norm_of(model, x))
+
+
+def test_float32_norms_that_nearly_underflow():
+    layers = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.fill_(1e-16)
+    path = path_bound(nn.Sequential(*layers), torch.zeros(1, 3))
+    expected = torch.tensor([math.log(9 * 3 * 1e-48) - math.log(3) + math.log(3)]).double()
+    torch.testing.assert_close(path.log_norm, expected, atol=1e-5, rtol=0)
 
 
 def test_output_trees_count_whole():
@@ -468,6 +522,67 @@ def test_detached_parts_have_derivative_zero():
     torch.testing.assert_close(path_bound(model, x).log_norm, expected)
 
 
+# Modules that are wrapped
+
+
+def wrapped(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    match kind:
+        case "plain":
+            return nn.Sequential(inner, nn.Linear(4, 2))
+        case "compiled":
+            return nn.Sequential(torch.compile(inner, backend="eager"), nn.Linear(4, 2))
+        case "compiled whole":
+            return torch.compile(nn.Sequential(inner, nn.Linear(4, 2)), backend="eager")
+        case "compiled in place":
+            inner.compile(backend="eager")
+            return nn.Sequential(inner, nn.Linear(4, 2))
+        case "data parallel":
+            return nn.Sequential(inner, nn.DataParallel(nn.Linear(4, 2)))
+        case "checkpointed":
+            return nn.Sequential(Checkpointed(inner), nn.Linear(4, 2))
+        case "traced":
+            return nn.Sequential(torch.jit.trace(inner, torch.ones(1, 3)), nn.Linear(4, 2))
+        case "scripted":
+            return nn.Sequential(torch.jit.script(inner), nn.Linear(4, 2))
+    return torch.jit.script(nn.Sequential(inner, nn.Linear(4, 2)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:TorchScript")
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("compiled", ["0.0", "0.1", "1"]),
+        ("compiled whole", ["0.0", "0.1", "1"]),
+        ("compiled in place", ["0.0", "0.1", "1"]),
+        ("data parallel", ["0.0", "0.1", "1.module"]),
+        ("checkpointed", ["0.inner.0", "0.inner.1", "1"]),
+        ("traced", ["0", "1"]),
+        ("scripted", ["1"]),
+        ("scripted whole", ["(scripted)"]),
+    ],
+)
+def test_wrapped_modules(kind, names):
+    model, x = wrapped(kind), torch.randn(2, 3)
+    path = path_bound(model, x)
+    assert [row.name for row in path.layers] == names
+    expected = norm_of(wrapped("plain"), x).double()
+    torch.testing.assert_close(path.log_norm, expected, atol=1e-5, rtol=0)
+    if kind.startswith("compiled"):
+        assert len(path_bound(model, x, layers=["0"]).layers) == 2
+
+
 # layers=
 
 
@@ -494,6 +609,19 @@ def test_containers_coarsen():
     model, x, _ = built("nested")
     path = path_bound(model, x, layers=["0"])
     assert [row.name for row in path.layers] == ["0", "1"]
+
+
+def test_functions_at_the_end_of_a_container():
+    class Closing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return torch.tanh(self.inner(x))
+
+    path = path_bound(nn.Sequential(Closing(), nn.Linear(3, 2)), torch.ones(2, 3), layers="*")
+    assert [row.name for row in path.layers] == ["0.inner", "0", "1"]
 
 
 def test_what_cannot_be_separated_is_merged_and_said():
@@ -580,7 +708,7 @@ def test_the_estimate_is_unbiased():
 
 def test_what_couples_samples_is_named():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    with pytest.raises(CouplingError, match=r"the op 'native_batch_norm' couples.*model\.eval\(\)"):
+    with pytest.raises(CouplingError, match=r"through native_batch_norm; call .eval\(\)"):
         path_bound(model, torch.randn(5, 3))
     assert len(path_bound(model.eval(), torch.randn(5, 3)).layers) == 3
     assert len(path_bound(model.train(), torch.randn(5, 3), batch_dim=None).layers) == 3
@@ -615,6 +743,28 @@ def test_infinite_derivatives_are_refused_by_name():
     model = nn.Sequential(nn.Identity(), Root(), nn.Identity())
     with pytest.raises(DifferentiationError, match=r"become (NaN|inf) in step '1'"):
         path_bound(model, torch.zeros(2, 3))
+
+
+def test_infinite_weights_are_refused_by_name():
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.inf
+    with pytest.raises(DifferentiationError, match=r"become (NaN|inf) in step '1'"):
+        path_bound(model, torch.ones(2, 2))
+
+
+def test_an_infinite_norm_that_the_output_does_not_see_is_refused_by_name():
+    class Root(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, x.sqrt()], dim=-1)
+
+    class First(nn.Module):
+        def forward(self, x):
+            return torch.where(torch.tensor([True, False]), x, x.detach())
+
+    model = nn.Sequential(nn.Identity(), Root(), First())
+    with pytest.raises(DifferentiationError, match=r"become (NaN|inf) in step '1'"):
+        path_bound(model, torch.tensor([[0.0]]))
 
 
 # Nothing stays behind

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pushforward.checks import coupling_message
 from pushforward.errors import CouplingError
 from pushforward.path.pull import Passes
 from pushforward.path.record import Crossing
 from pushforward.path.steps import Border
-from pushforward.tape import Tape, coupling_op
+from pushforward.tape import Tape
 
 
 def separable(
@@ -41,7 +42,7 @@ def separable(
         return kept[::-1]
     if _scales(passes.pull(output, start, _seeds(output))):
         return []  # samples meet on the way, and part again or are forgotten before the output
-    raise CouplingError(_coupled(tape, samples))
+    raise CouplingError(coupling_message(tape))
 
 
 def _leading(place: Crossing) -> int | None:
@@ -79,15 +80,3 @@ def _scales(gradient: Tensor) -> bool:
 def _of_size_one(gradient: Tensor) -> Tensor:
     size = gradient.abs().amax()
     return gradient / torch.where(size > 0, size, torch.ones_like(size))
-
-
-def _coupled(tape: Tape, samples: int) -> str:
-    half = [torch.ones_like(output) for output in tape.outputs]
-    for cotangent in half:
-        cotangent[(samples + 1) // 2 :] = 0
-    name = coupling_op(tape, half, samples)
-    culprit = f"the op {name!r} couples" if name else "something couples"
-    return (
-        f"batch_dim=0 expects samples that do not influence each other, but {culprit} them; "
-        "call model.eval() if it is a normalisation, or use batch_dim=None for one map"
-    )
