@@ -309,6 +309,12 @@ class TestExplain:
         assert main(["explain", "nets.py:net", "--input", "f32[4]"]) == DONE
         assert capsys.readouterr().out.strip()
 
+    def test_input_that_the_model_does_not_take(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["explain", "nets.py:net", "--input", "f32[7]"]) == USAGE
+        assert "does not take --input f32[7]: RuntimeError" in capsys.readouterr().err
+        assert main(["explain", "nets.py:net", "--input", "i64[4]"]) == USAGE
+        assert "floating-point or complex" in capsys.readouterr().err
+
     def test_wrong_input(self, capsys: pytest.CaptureFixture[str]) -> None:
         for spec in ("f32", "float[3]", "f32[a]", "f32[1;2]"):
             assert main(["explain", "nets.py:net", "--input", spec]) == USAGE

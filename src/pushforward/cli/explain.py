@@ -2,12 +2,13 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pushforward.derivatives import plan
-from pushforward.errors import InputError
+from pushforward.errors import InputError, PushforwardError
 from pushforward.report.fitting import evaluating
 from pushforward.report.models import load_model
 
@@ -35,8 +36,19 @@ def run_explain(options: argparse.Namespace) -> int:
         seed=options.seed,
     ).module
     with evaluating(model):
-        print(plan(model, *examples))
+        print(_planned(model, examples, options.input))
     return 0
+
+
+def _planned(model: nn.Module, examples: Sequence[Tensor], specs: Sequence[str]) -> str:
+    try:
+        return str(plan(model, *examples))
+    except PushforwardError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        raise InputError(
+            f"the model does not take --input {', '.join(specs)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def example(spec: str, seed: int = 0) -> Tensor:
