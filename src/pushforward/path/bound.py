@@ -15,7 +15,7 @@ from pushforward.errors import InputError, NotAvailableError, ShapeError
 from pushforward.path import show
 from pushforward.path.cuts import cuts
 from pushforward.path.findings import Findings, Layer
-from pushforward.path.gains import gains, log_sensitivities
+from pushforward.path.gains import gains, log_sensitivities, refuse_infinite
 from pushforward.path.norms import PROBES, StepNorm, log_norm
 from pushforward.path.pull import Passes
 from pushforward.path.record import Call, Crossing, recorded_calls
@@ -210,10 +210,12 @@ def _merged(
 
 def _norms(journey: Journey, exact_passes: int, seed: int) -> list[StepNorm]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        log_norm(journey.passes, step, journey.samples, exact_passes, generator)
-        for step in journey.steps
-    ]
+    norms = []
+    for step in journey.steps:
+        norm = log_norm(journey.passes, step, journey.samples, exact_passes, generator)
+        refuse_infinite(norm.log, step)
+        norms.append(norm)
+    return norms
 
 
 def _assembled(

@@ -72,7 +72,7 @@ def _follow(passes: Passes, steps: Sequence[Step], samples: int, rows: Tensor) -
     for step in reversed(steps):
         rows = passes.pull(step.stop, step.start, rows)
         norms = sample_norms(rows, samples)
-        _refuse_infinite(norms, step)
+        refuse_infinite(norms.log(), step)
         logs.append(scale + norms.log())
         powers = _power_near(norms)
         rows = _divided(rows, powers, samples)
@@ -98,9 +98,10 @@ def _divided(rows: Tensor, powers: Tensor, samples: int) -> Tensor:
     return flat.reshape(rows.shape)
 
 
-def _refuse_infinite(norms: Tensor, step: Step) -> None:
-    if not norms.isfinite().all():
-        kind = "NaN" if bool(norms.isnan().any()) else "inf"
+def refuse_infinite(logs: Tensor, step: Step) -> None:
+    """Raise where the logarithm of a norm is NaN or inf; -inf is the one of a norm of 0."""
+    kind = "NaN" if bool(logs.isnan().any()) else "inf"
+    if kind == "NaN" or bool((logs == torch.inf).any()):
         raise DifferentiationError(
             f"path_bound expects a finite Jacobian, but its products become {kind} in step "
             f"{step.name!r}; look for a root, a logarithm or a division there, or use float64"

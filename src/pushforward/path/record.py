@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,9 @@ class Call:
     leaves: tuple[int, int]
     source: Node | None
     outputs: tuple[Crossing, ...]
+
+    def ends_at(self, place: Crossing) -> bool:
+        return any(output.node is place.node for output in self.outputs)
 
 
 @dataclass(eq=False)
@@ -140,17 +143,37 @@ def _only_tensor(args: tuple, kwargs: dict) -> Tensor | None:
     return args[0] if single else None
 
 
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Names as the user gave them: without what torch.compile wraps around a module."""
+    return {
+        module: name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+        for name, module in model.named_modules()
+    }
+
+
 @contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
     """Write down the calls of all modules of a model while the context lasts."""
-    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    names = {module: name or type(module).__name__ for module, name in module_names(model).items()}
     recorder = _Recorder(names)
     handles = []
     try:
-        for module in recorder.names:
-            handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
-        yield recorder.calls
+        for module in names:
+            # Scripted modules take no hooks, and are part of the step around them.
+            if not isinstance(module, torch.jit.RecursiveScriptModule):
+                handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+        with _uncompiled(model):
+            yield recorder.calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run the Python code of compiled modules, whose calls can be seen."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

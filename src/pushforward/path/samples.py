@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +21,10 @@ def separable(
 ) -> list[Border]:
     """Return the marks between which sample b depends on sample b alone.
 
-    A random cotangent is pulled back twice, once with sample b scaled by a power of two: the
-    gradient must scale alike, sample by sample. At a mark where it does, a fresh cotangent takes
-    over, so that each step is checked for itself; a mark where it does not is left out.
+    A random cotangent is pulled back, and again with each sample scaled by a power of two of its
+    own: the gradient must scale alike, sample by sample. At a mark where it does, a fresh
+    cotangent takes over, so that each step is checked for itself; a mark where it does not is left
+    out.
 
     Raises:
         CouplingError: samples influence each other even from input to output.
@@ -35,12 +37,12 @@ def separable(
     place, seeds = output, _seeds(output)
     for mark in reversed(marks):
         gradient = passes.pull(place, mark.place, seeds)
-        apart = _scales(gradient)
+        apart = _kept_apart(gradient, mark.place)
         kept += [mark] if apart else []
         place, seeds = mark.place, _seeds(mark.place) if apart else _of_size_one(gradient)
-    if _scales(passes.pull(place, start, seeds)):
+    if _kept_apart(passes.pull(place, start, seeds), start):
         return kept[::-1]
-    if _scales(passes.pull(output, start, _seeds(output))):
+    if _kept_apart(passes.pull(output, start, _seeds(output)), start):
         return []  # samples meet on the way, and part again or are forgotten before the output
     raise CouplingError(coupling_message(tape))
 
@@ -49,32 +51,45 @@ def _leading(place: Crossing) -> int | None:
     return place.shape[0] if place.shape else None
 
 
-def _powers(place_shape: Sequence[int], like: Tensor) -> Tensor:
-    """1, 2, 4, ..., 64, 1, 2, ... along dimension 0: exact to multiply by."""
-    exponents = torch.arange(place_shape[0], device=like.device) % 7
-    powers = torch.ldexp(torch.ones(place_shape[0], device=like.device), exponents)
-    return powers.to(like.dtype).reshape(-1, *(1 for _ in place_shape[1:]))
+def _scales(place: Crossing) -> Tensor:
+    """Signed powers of two, ``(rounds, B, 1, ...)``: in one round or another no two are the same.
+
+    Exact to multiply by. Samples get the digits of their number.
+    """
+    reach = 20 if place.dtype.itemsize >= 4 else 4
+    digits = [sign * 2.0**power for power in range(-reach, reach + 1) for sign in (1, -1)]
+    table = torch.tensor(digits, dtype=place.dtype, device=place.device)
+    left, rounds = torch.arange(place.shape[0], device=place.device), []
+    while not rounds or left.any():
+        rounds.append(table[left % len(digits)])
+        left = left // len(digits)
+    return torch.stack(rounds).reshape(len(rounds), -1, *(1 for _ in place.shape[1:]))
 
 
 def _seeds(place: Crossing) -> Tensor:
-    """A cotangent of plain random numbers, and the same scaled sample by sample."""
+    """A cotangent of random numbers, and the same scaled sample by sample in a few ways."""
     source = torch.Generator().manual_seed(0)
-    plain = torch.randn(place.shape, generator=source).to(place.device, place.dtype)
-    return torch.stack([plain, plain * _powers(place.shape, plain)])
+    plain = torch.rand(place.shape, generator=source).add_(0.5).to(place.device, place.dtype)
+    signs = torch.rand(place.shape, generator=source).to(place.device) < 0.5
+    plain = torch.where(signs, plain, -plain)
+    return torch.cat([plain[None], plain * _scales(place)])
 
 
-def _scales(gradient: Tensor) -> bool:
-    """Whether the second gradient is the first one scaled sample by sample, up to rounding.
+def _kept_apart(gradients: Tensor, place: Crossing) -> bool:
+    """Whether all gradients are the first one scaled sample by sample, up to rounding.
 
     One that is not finite tells nothing of samples; the gains name the step where it arose.
     """
-    plain, scaled = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(-1)
-    expected = plain * _powers(plain.shape, plain)
+    expected = gradients[0] * _scales(place)
     if not expected.isfinite().all():
         return True
-    error = (scaled - expected).double().norm(dim=-1)
-    slack = min(1e3 * torch.finfo(gradient.dtype).eps, 0.02)
-    return bool((error <= slack * expected.double().norm(dim=-1)).all())
+    slack = min(1e3 * torch.finfo(place.dtype).eps, 0.02)
+    error = _sample_norms(gradients[1:] - expected)
+    return bool((error <= slack * _sample_norms(expected)).all())
+
+
+def _sample_norms(rounds: Tensor) -> Tensor:
+    return rounds.reshape(*rounds.shape[:2], math.prod(rounds.shape[2:])).double().norm(dim=-1)
 
 
 def _of_size_one(gradient: Tensor) -> Tensor:

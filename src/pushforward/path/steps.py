@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from pushforward.errors import InputError
-from pushforward.path.record import Call, Crossing
+from pushforward.path.record import Call, Crossing, module_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def checked_layers(model: nn.Module, layers: str | Sequence[str] | None) -> tupl
         raise InputError(
             f"layers expects names of modules or globs, got {layers!r}; None takes every leaf"
         )
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in module_names(model).values() if name]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(_no_such_layer(pattern, names))
@@ -124,8 +124,7 @@ def _step(first: int, last: int, start: Crossing, stop: Crossing, calls: Sequenc
 
 def _is_whole(call: Call, start: Crossing, stop: Crossing) -> bool:
     """Whether a call takes the tensor before the step and returns the one after it."""
-    returns = any(stop.node is output.node for output in call.outputs)
-    return returns and start.is_seen_by(call.source)
+    return call.ends_at(stop) and start.is_seen_by(call.source)
 
 
 def _named(steps: Sequence[Step], calls: Sequence[Call]) -> list[Step]:
@@ -145,8 +144,9 @@ def _name(step: Step, calls: Sequence[Call]) -> str:
         return spanning[0].name
     first, last = step.leaves
     inside = [call for call in calls if first <= call.leaves[0] < call.leaves[1] <= last]
-    if not inside:
-        return "(no module)"
+    if not inside:  # functions alone, at the end of a container that was asked for
+        ending = [call.name for call in calls if call.ends_at(step.stop)]
+        return ending[0] if ending else "(scripted)"
     # Calls stand in the order in which they ended: the outermost block comes last.
     opening = [call.name for call in inside if call.leaves[0] == first]
     closing = [call.name for call in inside if call.leaves[1] == last]
