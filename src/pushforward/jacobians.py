@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pushforward import linalg
 from pushforward.boundary import Layout
@@ -139,10 +139,15 @@ class Jacobian(LinearOperator):
         return [self._sparingly(part, start, stop) for start, stop in self._ranges()]
 
     def _sparingly(self, work: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Under a budget a graph is not kept but made again, part by part, when it is needed."""
+        """Under a budget a graph is not kept but made again, part by part, when it is needed.
+
+        Made to its end: stopping early throws an exception through the backward pass inside, which
+        takes it for an op that vmap cannot do.
+        """
         if self.plan.memory is None or not self._linear.keeps_graph:
             return work(*args)
-        return checkpoint(work, *args, use_reentrant=False, preserve_rng_state=False)
+        with set_checkpoint_early_stop(False):
+            return checkpoint(work, *args, use_reentrant=False, preserve_rng_state=False)
 
     def matrix(self) -> Tensor:
         """All entries, ([B,] m, n), in the order in which the leaves are flattened.

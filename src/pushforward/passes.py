@@ -181,6 +181,8 @@ class Linearization:
             try:
                 return product()
             except RuntimeError as error:
+                if "inplace operation" in str(error):
+                    refuse_stale(self.tape)
                 if not _freed(error):
                     raise _explained(error) from error
             return self._afresh(product)

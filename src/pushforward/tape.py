@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -23,6 +25,9 @@ from pushforward.purity import RandomState, recording, untouched
 # det's backward takes an SVD when it runs under vmap with gradients on, and that SVD has no
 # derivative where singular values repeat. One cotangent at a time it solves with LU instead.
 _NOT_UNDER_VMAP = frozenset({"LinalgDetBackward0"})
+
+# How many maps are being recorded around the one that is recorded next.
+_DEPTH: ContextVar[int] = ContextVar("depth", default=0)
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,10 @@ def record(
     """Evaluate a map once and keep its graph; with gradients off, keep only what leads to it.
 
     ``order`` is how often the graph is to be differentiated, the gradients of results not counted.
+    Inside a map that is being recorded itself it is differentiated once more for each such map.
     """
     state = state or RandomState.now()
+    order += _DEPTH.get()
     tape = _evaluate(function, arguments, batch_dim, state, order)
     unfit = UNFIT if order == 1 else UNFIT | UNFIT_THIRD
     if tape.census.ops.isdisjoint(unfit):
@@ -93,6 +100,16 @@ def record(
     with composites():
         composed = _evaluate(function, arguments, batch_dim, state, order)
     return replace(composed, value=tape.value)
+
+
+@contextmanager
+def _nested() -> Iterator[None]:
+    """Count a map that is being recorded now."""
+    token = _DEPTH.set(_DEPTH.get() + 1)
+    try:
+        yield
+    finally:
+        _DEPTH.reset(token)
 
 
 def _evaluate(
@@ -106,7 +123,8 @@ def _evaluate(
     given = _active(arguments)
     with untouched(function, state) as modules:
         inputs = tuple(_source(leaf, attach) for leaf in given)
-        value = function(*arguments.substitute(_fresh(arguments, inputs)))
+        with _nested():
+            value = function(*arguments.substitute(_fresh(arguments, inputs)))
         leaves, codomain = _outputs(value, arguments, batch_dim)
         outputs = tuple(as_real(leaf) for leaf in codomain.select(leaves))
         census = take_census(outputs, inputs, given, attach)
@@ -329,9 +347,9 @@ def _leaks(gradient: Tensor | None, others: Tensor) -> bool:
 
 
 def refuse_stale(tape: Tape) -> None:
-    """Raise where what the graph was recorded at has changed since, and the graph is freed."""
+    """Raise where what the graph was recorded at has changed since, and the graph is lost."""
     if tape.census.stale:
         raise DifferentiationError(
             "expected the parameters and inputs that this Jacobian was taken at, but they were "
-            "changed in place after its graph was freed; call pf.jacobian again after such a step"
+            "changed in place since then; call pf.jacobian again after such a step"
         )
