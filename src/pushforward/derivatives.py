@@ -79,7 +79,7 @@ def hessian(
 
     Raises:
         ShapeError: more than one output scalar.
-        Others as in `jacobian`.
+        PushforwardError: for the reasons that `jacobian` has.
 
     Cost: one evaluation and one gradient; then n Hessian-vector products for all entries. Reverse
     mode over reverse mode: the nested forward modes of torch are wrong for several ops.
@@ -112,7 +112,7 @@ def plan(
         A `Plan`: ``plan(*args)`` is the Jacobian at other arguments.
 
     Raises:
-        As in `jacobian`.
+        PushforwardError: for the reasons that `jacobian` has.
 
     Example:
         >>> import torch

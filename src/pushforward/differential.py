@@ -40,7 +40,7 @@ def divergence(
 
     Raises:
         DimensionError: as many outputs as inputs were expected, and others came.
-        Others as in `pushforward.jacobian`.
+        PushforwardError: for the reasons that `pushforward.jacobian` has.
 
     Cost: n passes.
 
@@ -72,7 +72,7 @@ def laplacian(f: Callable[..., Any], x: Any, batch_dim: int | None = None) -> An
 
     Raises:
         InputError: complex input or output, where this Laplacian is not defined.
-        Others as in `pushforward.jacobian`.
+        PushforwardError: for the reasons that `pushforward.jacobian` has.
 
     Cost: n Hessian-vector products where there is one output (per sample). With more outputs, n
     passes of third order, which serve all outputs at once. Reverse mode throughout: nested forward

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pushforward import noise
+from pushforward.derivatives import jacobian
 from pushforward.errors import CouplingError, InputError, ShapeError
-from pushforward.jacobians import jacobian
 from pushforward.noise import noise_response
 
 POINT = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
