@@ -182,6 +182,8 @@ def _draw_gains(axes: Any, path: Findings) -> None:
         colour = "#2a9d8f" if gains[place] >= 0 else "#d1495b"
         axes.bar(place, gains[place], bottom=level, color=colour, width=0.7)
         level += gains[place]
+    axes.use_sticky_edges = False  # a bar must not end where the frame does
+    axes.margins(y=0.08)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.axhline(level, color="0.3", linewidth=0.8, linestyle=":")
     axes.set_ylabel("decades")
