@@ -8,7 +8,7 @@ from torch import Tensor
 
 import pushforward as pf
 from oracles import as_real, leaves, loop_dense, loop_jacobian
-from zoo import Case, Problem
+from zoo import Problem
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -57,8 +57,3 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-
-
-def single(case: Case) -> bool:
-    """Whether a case maps one tensor to one tensor."""
-    return "tree" not in case.tags
