@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import pushforward as pf
 
-Contender = Callable[[], Tensor]
+Contender = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Case:
     batch_dim: int | None = None
     aim: float = 1.15
 
-    def ours(self) -> Tensor:
+    def ours(self) -> Any:
+        """The same by this library."""
         return pf.jacobian(self.function, self.point, batch_dim=self.batch_dim).dense()
 
 
@@ -129,11 +130,17 @@ def seconds(work: Contender) -> float:
     return time.perf_counter() - start
 
 
+def repeated(work: Contender, count: int) -> None:
+    for _ in range(count):
+        work()
+
+
 def run(case: Case, rounds: int) -> dict[str, Any]:
     """Compare values, warm up, then time everybody in turn."""
     contenders = {"pushforward": case.ours, **case.peers}
     reference = next(iter(case.peers.values()))()
-    error = float((case.ours() - reference).abs().max() / reference.abs().max())
+    difference = (case.ours() - reference).detach()
+    error = float(difference.abs().max() / reference.detach().abs().max())
     if error > 1e-4:
         raise SystemExit(f"{case.name}: values differ by {error:.1e}")
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -144,9 +151,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, work in contenders.items():
             repeat = int(times[name][0])
-            times[name].append(
-                seconds(lambda w=work, r=repeat: [w() for _ in range(r)][0]) / repeat
-            )
+            times[name].append(seconds(lambda w=work, r=repeat: repeated(w, r)) / repeat)
     medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     best = min((name for name in medians if name != "pushforward"), key=medians.__getitem__)
     ratio = medians["pushforward"] / medians[best]

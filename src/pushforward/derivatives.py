@@ -11,7 +11,7 @@ from pushforward.errors import InputError, PlanError
 from pushforward.jacobians import Jacobian
 from pushforward.meter import Cost, measure
 from pushforward.passes import Linearization
-from pushforward.planning import Recipe, cached_recipe, choose, store_recipe
+from pushforward.planning import Recipe, cached_recipe, check_again, choose, store_recipe
 from pushforward.plans import Plan
 from pushforward.problems import Problem, check_memory, check_quantity
 from pushforward.tape import Tape, record, record_gradient
@@ -185,11 +185,13 @@ def _recipe(problem: Problem, f: Callable[..., Any], wanted: str, arguments: Arg
     if recipe is None:
         recipe = choose(problem, wanted)
         store_recipe(f, key, recipe)
+    else:
+        check_again(problem, recipe)
     return recipe
 
 
 def _jacobian(linear: Linearization, plan: Plan) -> Jacobian:
-    linear.batched = linear.batched and plan.strategy != "loop"
+    linear.batched = linear.batched and plan.recipe.batched
     return Jacobian(linear, plan)
 
 
@@ -210,6 +212,7 @@ def _follow(plan: Plan, linear: Linearization, quantity: str) -> Jacobian:
     ):
         if planned != came:
             raise PlanError(_misfit(what, plan, tape, quantity))
+    check_again(Problem(linear, quantity, plan.memory, None), plan.recipe)
     return _jacobian(linear, plan)
 
 

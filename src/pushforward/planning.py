@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from pushforward.checks import check_batching, check_samples, why_not_forward
@@ -12,6 +13,13 @@ from pushforward.errors import MemoryBudgetError, PlanError
 from pushforward.problems import Problem
 from pushforward.strategies import STRATEGIES, Candidate
 
+# Ops that may take entries of one sample to another, as indices or shifts say that are no part of a
+# plan.
+_MOVING = (
+    "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Scatter ScatterAdd MaskedScatter Take Put"
+    " Roll Flip Sort"
+)
+_MOVES = frozenset(f"{op}Backward{i}" for op in _MOVING.split() for i in range(2))
 # What one chunk of passes may hold when no budget is given: large enough to keep the cores busy.
 _DEFAULT_CHUNK_BYTES = 1 << 28
 
@@ -24,7 +32,8 @@ class Recipe:
     chunk: int
     rejected: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
-    m: int
+    batched: bool
+    uses: Iterator[int] = field(default_factory=lambda: count(1), compare=False, repr=False)
 
 
 def choose(problem: Problem, wanted: str) -> Recipe:
@@ -40,7 +49,22 @@ def choose(problem: Problem, wanted: str) -> Recipe:
         )
     best = min(candidates, key=lambda candidate: candidate.work)
     rejected = [(name, _why_rejected(c, best)) for name, c in asked.items() if c is not best]
-    return Recipe(best, chunk_size(problem, best), tuple(rejected), notes, problem.m)
+    batched = problem.linear.batched and best.strategy != "loop"
+    return Recipe(best, chunk_size(problem, best), tuple(rejected), notes, batched)
+
+
+def check_again(problem: Problem, recipe: Recipe) -> None:
+    """Verify a plan that is used again, now and then, or always where data decide who meets whom.
+
+    The first uses are checked more densely than later ones: number 1, 2, 4, 8 and so on.
+
+    Raises:
+        CouplingError: samples influence each other at this point.
+    """
+    use = next(recipe.uses)
+    census = problem.linear.tape.census
+    if use & (use - 1) == 0 or census.custom or not census.ops.isdisjoint(_MOVES):
+        check_samples(problem)
 
 
 def _asked(problem: Problem, wanted: str) -> dict[str, Candidate | str]:

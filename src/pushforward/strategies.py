@@ -15,6 +15,8 @@ from pushforward.problems import Problem
 
 # How much dearer one kind of pass can be than the other: beyond it the count of passes decides.
 _PASS_RATIO = 8
+# Beyond this many bytes held by one pass, passes run faster one by one than in a batch.
+_LARGE_PASS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,26 @@ def reverse(problem: Problem) -> Candidate | str:
     """Row by row: one backward pass for each output, many in one batch."""
     if not problem.linear.batched:
         return "not all of its ops can run under vmap"
-    return _by_rows(problem, "reverse")
+    return _by_rows(problem, "reverse", small=1.0, large=1.3)
 
 
 def loop(problem: Problem) -> Candidate | str:
     """Row by row through plain ``autograd.grad``, with nothing of ``torch.func``."""
-    return _by_rows(problem, "loop", penalty=4.0)
+    return _by_rows(problem, "loop", small=4.0, large=1.0)
 
 
-def _by_rows(problem: Problem, name: str, penalty: float = 1.0) -> Candidate:
+def _by_rows(problem: Problem, name: str, small: float, large: float) -> Candidate:
+    """Rows at what they cost, times how badly this way suits passes of that size.
+
+    A small pass is mostly overhead, which a batch shares; a large one falls out of the cache when
+    others run beside it.
+    """
     passes = problem.m
-    if problem.is_small or problem.m * _PASS_RATIO <= problem.n:
-        return Candidate(name, 0, passes, passes * penalty)
+    if problem.is_small:
+        return Candidate(name, 0, passes, passes * small)
     cost = problem.pull_cost
-    return Candidate(name, 0, passes, passes * cost.work * penalty, cost)
+    suits = large if cost.peak > _LARGE_PASS and problem.m > 1 else small
+    return Candidate(name, 0, passes, passes * cost.work * suits, cost)
 
 
 def forward(problem: Problem) -> Candidate | str:
@@ -63,7 +71,7 @@ def forward(problem: Problem) -> Candidate | str:
     refusal = why_not_forward(problem)
     if refusal is not None:
         return refusal
-    if problem.is_small or problem.n * _PASS_RATIO <= problem.m:
+    if problem.is_small:
         return Candidate("forward", problem.n, 0, problem.n)
     cost = problem.push_cost
     return Candidate("forward", problem.n, 0, (problem.n + 1) * cost.work, cost)

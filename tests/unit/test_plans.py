@@ -1,7 +1,5 @@
 """Plans: what is chosen, what is said of it, when it no longer holds, and budgets."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,19 +87,16 @@ class TestChoice:
         torch.testing.assert_close(J.matrix(), torch.diag(x.cos()))
 
     def test_loop_makes_one_plain_pass_for_each_output(self):
-        Counted.calls = 0
-        x = torch.ones(4, requires_grad=True)
-        plan = pf.plan(Counted.apply, x)
-        loop = dataclasses.replace(
-            plan,
-            recipe=dataclasses.replace(
-                plan.recipe, candidate=dataclasses.replace(plan.recipe.candidate, strategy="loop")
-            ),
-        )
-        J = pf.jacobian(Counted.apply, x, plan=loop)
+        J = pf.jacobian(Counted.apply, torch.ones(4), plan="loop")
         Counted.calls = 0
         J.matrix()
-        assert Counted.calls == loop.passes == 4
+        assert Counted.calls == J.plan.passes == 4
+
+    def test_large_passes_go_one_by_one(self):
+        """A batch of passes that hold megabytes each is slower than the passes in turn."""
+        net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten(), nn.Linear(2048, 4))
+        assert pf.plan(net, torch.ones(1, 1, 16, 16), batch_dim=0).strategy == "reverse"
+        assert pf.plan(net, torch.ones(300, 1, 16, 16), batch_dim=0).strategy == "loop"
 
     def test_samples_share_a_pass(self):
         Counted.calls = 0
