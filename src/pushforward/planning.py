@@ -56,14 +56,15 @@ def choose(problem: Problem, wanted: str) -> Recipe:
 def check_again(problem: Problem, recipe: Recipe) -> None:
     """Verify a plan that is used again, now and then, or always where data decide who meets whom.
 
-    The first uses are checked more densely than later ones: number 1, 2, 4, 8 and so on.
+    The first uses are checked more densely than later ones: number 1, 4, 16, 64 and so on.
 
     Raises:
         CouplingError: samples influence each other at this point.
     """
     use = next(recipe.uses)
     census = problem.linear.tape.census
-    if use & (use - 1) == 0 or census.custom or not census.ops.isdisjoint(_MOVES):
+    due = use & (use - 1) == 0 and use.bit_length() % 2 == 1
+    if due or census.custom or not census.ops.isdisjoint(_MOVES):
         check_samples(problem)
 
 
