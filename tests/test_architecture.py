@@ -40,7 +40,8 @@ ORDER = (
 )
 RUN_TIME = {"torch", "numpy", "pushforward", *sys.stdlib_module_names}
 APPLICATIONS = {"report", "cli"}
-HOMES_OF_INTERNALS = {"tape", "purity"}
+# composites names the ops that it replaces, whatever torch calls them.
+HOMES_OF_INTERNALS = {"tape", "purity", "composites"}
 # Modules of torch that carry an underscore and yet are the documented way to something.
 DOCUMENTED = ("torch.utils._pytree", "torch.utils._python_dispatch")
 

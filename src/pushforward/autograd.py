@@ -15,8 +15,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pushforward.composites import UNFIT_THIRD
-from pushforward.errors import DifferentiationError, GraphError, InputError, ShapeError
+from pushforward.checks import sample_scales, scaled_alike
+from pushforward.composites import UNFIT, UNFIT_AGAIN, UNFIT_THIRD
+from pushforward.errors import (
+    CouplingError,
+    DifferentiationError,
+    GraphError,
+    InputError,
+    ShapeError,
+)
 from pushforward.passes import gradients_of
 from pushforward.tape import op_name, take_census
 
@@ -54,7 +61,7 @@ def gradient(y: Tensor, x: Tensor, grad_outputs: Tensor | None = None) -> Tensor
             f"{tuple(grad_outputs.shape)}; it holds one weight for each output"
         )
     found = _pull(y, x, grad_outputs)
-    return _refuse_unconnected() if found is None else found
+    return _refuse_unconnected() if found is None else _guarded(found, y, UNFIT_AGAIN)
 
 
 def jacobian(y: Tensor, x: Tensor, batch_dim: int | None = None) -> Tensor:
@@ -72,6 +79,7 @@ def jacobian(y: Tensor, x: Tensor, batch_dim: int | None = None) -> Tensor:
     Raises:
         GraphError: no graph leads from ``y`` to ``x``.
         ShapeError: ``batch_dim=0`` and dimensions 0 that differ.
+        CouplingError: ``batch_dim=0`` and samples that influence each other.
         InputError: another ``batch_dim``.
 
     Cost: one backward pass for each scalar of ``y`` (of one sample).
@@ -92,6 +100,7 @@ def jacobian(y: Tensor, x: Tensor, batch_dim: int | None = None) -> Tensor:
             "batch_dim=0 expects the same batch as dimension 0 of y and x, got shapes "
             f"{tuple(y.shape)} and {tuple(x.shape)}"
         )
+    _refuse_coupled(y, x)
     totals = y.reshape(len(y), -1).sum(0)
     return _rows(totals, y, x).movedim(0, 1).reshape(len(y), *y.shape[1:], *x.shape[1:])
 
@@ -124,7 +133,9 @@ def divergence(y: Tensor, x: Tensor) -> Tensor:
         )
     _require_graph(y, x)
     total, found = _diagonal_sum(y, x)
-    return total if found or x.shape[-1] == 0 else _refuse_unconnected()
+    if not found and x.shape[-1] > 0:
+        _refuse_unconnected()
+    return _guarded(total, y, UNFIT_AGAIN)
 
 
 def laplacian(y: Tensor, x: Tensor) -> Tensor:
@@ -157,8 +168,7 @@ def laplacian(y: Tensor, x: Tensor) -> Tensor:
             f"{tuple(y.shape)} and {tuple(x.shape)}; take one component at a time, y[..., i:i+1]"
         )
     total = _diagonal_sum(gradient(y, x), x)[0]
-    unfit = take_census((y,), (x,)).ops & UNFIT_THIRD
-    return _RefuseBackward.apply(total, _why_refused(unfit)) if unfit else total
+    return _guarded(total, y, UNFIT_THIRD | UNFIT_AGAIN)
 
 
 laplace = laplacian
@@ -182,8 +192,9 @@ def _rows(scalars: Tensor, y: Tensor, x: Tensor) -> Tensor:
         _refuse_unconnected()
     count = len(scalars)
     seeds = torch.eye(count, dtype=scalars.dtype, device=scalars.device)
-    (rows,), _ = gradients_of((scalars,), (x,), [seeds], count, True, census.vmappable)
-    return rows
+    batched = census.vmappable and census.ops.isdisjoint(UNFIT)
+    (rows,), _ = gradients_of((scalars,), (x,), [seeds], count, True, batched)
+    return _guarded(rows, y, UNFIT_AGAIN)
 
 
 def _refuse_unconnected() -> NoReturn:
@@ -209,6 +220,36 @@ class _RefuseBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> NoReturn:
         raise DifferentiationError(ctx.reason)
+
+
+def _guarded(result: Tensor, y: Tensor, unfit: frozenset[str]) -> Tensor:
+    """Refuse to differentiate once more what torch would get wrong; the result itself is right."""
+    met = take_census((y,), ()).ops & unfit
+    return _RefuseBackward.apply(result, _why_refused(met)) if met else result
+
+
+def _refuse_coupled(y: Tensor, x: Tensor) -> None:
+    """Scale a cotangent sample by sample: gradients of independent samples scale likewise."""
+    samples = len(y)
+    u = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device, y.dtype)
+
+    def pulled(cotangent: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(
+            y, x, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return found.reshape(samples, -1)
+
+    if samples < 2 or x.numel() == 0:
+        return
+    plain = pulled(u)
+    for scale in sample_scales(samples):
+        factor = scale.to(u.device, u.dtype)
+        scaled = pulled(u * factor.reshape(-1, *(1,) * (y.dim() - 1)))
+        if not scaled_alike(plain * factor.reshape(-1, 1), scaled):
+            raise CouplingError(
+                "batch_dim=0 expects rows of y that depend on their own rows of x, but they "
+                "influence each other; call .eval() on the model first, or use batch_dim=None"
+            )
 
 
 def _why_refused(ops: frozenset[str]) -> str:

@@ -57,6 +57,20 @@ class Structure:
         """What two structures have in common when they are alike."""
         return repr(self)
 
+    def leaves_of(self, tree: Any) -> list[Any] | None:
+        """The leaves of another tree in the order of this one; None where it is built otherwise."""
+        try:
+            tops = self.spec.flatten_up_to(tree)
+        except (ValueError, TypeError, KeyError):
+            return None
+        leaves: list[Any] = []
+        for top, record in zip(tops, self.records, strict=True):
+            below = [top] if record is None else _fields_of(top, *record)
+            if below is None:
+                return None
+            leaves += below
+        return leaves
+
     def rebuild(self, leaves: Sequence[Any]) -> Any:
         """Put leaves, in order, in the places that the original ones had."""
         return leaves[0] if self is _SINGLE else self._fill(iter(leaves))
@@ -67,6 +81,14 @@ class Structure:
             for record in self.records
         ]
         return pytree.tree_unflatten(tops, self.spec)
+
+
+def _fields_of(top: Any, kind: Any, inner: Structure) -> list[Any] | None:
+    if type(top) is not kind:
+        return None
+    return inner.leaves_of(
+        {field.name: getattr(top, field.name) for field in dataclasses.fields(kind)}
+    )
 
 
 def _open_record(top: Any) -> tuple[list[Any], tuple[Any, Structure] | None]:
@@ -192,12 +214,12 @@ class Layout:
 
     def pack(self, tree: Any) -> Tensor | None:
         """Flatten a tree shaped like this side to ``(1, [B,] size)``; None where it is not one."""
-        values, _ = Structure.of(tree)
-        if len(values) == len(self.active) != len(self.leaves):
-            chosen = list(values)
-        elif len(values) == len(self.leaves):
-            chosen = self.select(values)
+        if isinstance(tree, Tensor) and len(self.active) == 1:
+            chosen: list[Any] | None = [tree]
         else:
+            values = self.structure.leaves_of(tree)
+            chosen = None if values is None else self.select(values)
+        if chosen is None:
             return None
         parts = [self._as_part(v, leaf) for v, leaf in zip(chosen, self.active, strict=True)]
         if any(part is None for part in parts):

@@ -54,7 +54,7 @@ def samples_independent(problem: Problem) -> bool:
         plain = linear.pull(u)
         for scale in sample_scales(problem.samples):
             factor = scale.to(u.device, u.dtype).reshape(1, -1, 1)
-            if not _scaled_alike(plain * factor.to(plain.dtype), linear.pull(u * factor)):
+            if not scaled_alike(plain * factor.to(plain.dtype), linear.pull(u * factor)):
                 return False
     return True
 
@@ -74,7 +74,8 @@ def sample_scales(samples: int) -> Iterator[Tensor]:
             return
 
 
-def _scaled_alike(expected: Tensor, came: Tensor) -> bool:
+def scaled_alike(expected: Tensor, came: Tensor) -> bool:
+    """Whether gradients (..., B, n) are what scaling each sample makes of them, up to rounding."""
     tolerance = 64 * torch.finfo(expected.dtype).eps * expected.abs().amax(-1, keepdim=True)
     close = (came - expected).abs() <= tolerance
     return bool((close | ~torch.isfinite(expected)).all())

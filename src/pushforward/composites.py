@@ -15,19 +15,30 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pushforward.purity import without_mkldnn
+from pushforward.purity import one_at_a_time, without_mkldnn
 
 # No second derivative, or a wrong first one under vmap: cdist's backward gives each row of the
 # Jacobian the entries of others there.
-UNFIT = frozenset({"CdistBackward0", "PdistBackward0", "MkldnnRnnLayerBackward0"})
+# weight_norm's second derivative is wrong.
+UNFIT = frozenset(
+    {
+        "CdistBackward0",
+        "PdistBackward0",
+        "MkldnnRnnLayerBackward0",
+        "WeightNormInterfaceBackward0",
+    }
+)
 # Right twice, wrong the third time: the second derivative takes the saved mean for a constant.
 UNFIT_THIRD = frozenset({"NativeLayerNormBackward0", "NativeBatchNormBackward0"})
+
+# Their first derivatives: a graph that holds one has already been differentiated once.
+UNFIT_AGAIN = frozenset({"NativeLayerNormBackwardBackward0", "NativeBatchNormBackwardBackward0"})
 
 
 @contextmanager
 def composites() -> Iterator[None]:
     """Run these ops, and recurrent layers, as compositions of ops with all their derivatives."""
-    with _Composites(), without_mkldnn():
+    with one_at_a_time(), _Composites(), without_mkldnn():
         yield
 
 
@@ -109,6 +120,11 @@ def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
     return scaled if bias is None else scaled + bias
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / |v|, with the norm over all axes but ``dim`` (over all of them for -1)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 def cdist(
     x1: Tensor,
     x2: Tensor,
@@ -138,6 +154,7 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     torch.batch_norm: batch_norm,
     torch.nn.functional.instance_norm: instance_norm,
     torch.instance_norm: instance_norm,
+    torch._weight_norm: weight_norm,
     torch.cdist: cdist,
     torch.pdist: pdist,
     torch.nn.functional.pdist: pdist,

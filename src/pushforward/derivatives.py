@@ -138,6 +138,7 @@ def _at(
     arguments = Arguments.of(args, argnums, batch_dim)
     linear, recorded = _linearise(f, arguments, batch_dim, quantity, memory)
     if isinstance(wanted, Plan):
+        _refuse_other_terms(wanted, arguments.argnums, memory)
         return _follow(replace(wanted, function=f), linear, quantity)
     problem = Problem(linear, quantity, memory, recorded)
     recipe = _recipe(problem, f, wanted, arguments)
@@ -154,6 +155,17 @@ def _at(
         _replan,
     )
     return _jacobian(linear, made)
+
+
+def _refuse_other_terms(plan: Plan, argnums: int | tuple[int, ...], memory: int | None) -> None:
+    if plan.argnums != argnums:
+        raise PlanError(
+            f"the plan expects argnums={plan.argnums}, got {argnums}; make a plan with these"
+        )
+    if memory not in (None, plan.memory):
+        raise PlanError(
+            f"the plan expects memory={plan.memory}, got {memory}; give memory= to pf.plan"
+        )
 
 
 def _linearise(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pushforward.boundary import Arguments
-from pushforward.checks import check_samples
+from pushforward.checks import check_batching, check_samples
 from pushforward.derivatives import jacobian
 from pushforward.errors import DimensionError, InputError
 from pushforward.passes import Linearization
@@ -85,10 +85,13 @@ def laplacian(f: Callable[..., Any], x: Any, batch_dim: int | None = None) -> An
     arguments = Arguments.of((x,), 0, batch_dim)
     tape = record(f, arguments, batch_dim, order=2)
     _refuse_complex(tape)
-    check_samples(Problem(Linearization(tape), "jacobian", None, None))
+    linear = Linearization(tape)
+    problem = Problem(linear, "jacobian", None, None)
+    check_samples(problem)
+    check_batching(problem)
     if tape.codomain.size == 1:
         return _scalar_laplacian(f, arguments, batch_dim, tape)
-    return tape.codomain.unpack(_vector_laplacian(tape))
+    return tape.codomain.unpack(_vector_laplacian(tape, linear.batched))
 
 
 def _refuse_complex(tape: Tape) -> None:
@@ -112,14 +115,14 @@ def _scalar_laplacian(
     return tape.codomain.unpack(total.unsqueeze(-1))
 
 
-def _vector_laplacian(tape: Tape) -> Tensor:
+def _vector_laplacian(tape: Tape, batched: bool) -> Tensor:
     """All outputs at once, ([B,] m).
 
     t_i = J e_i depends on x; w_i -> d<t_i, w_i>/dx is linear, and differentiating its i-th entry
     with respect to w_i leaves d t_i / d x_i = d^2 f / d x_i^2, whatever the number of outputs.
     """
     m, n, samples = tape.codomain.size, tape.domain.size, tape.domain.batch or 1
-    linear = Linearization(tape, graph_wanted=True)
+    linear = Linearization(tape, batched, graph_wanted=True)
     wanted = tape.census.attached and torch.is_grad_enabled()
     total = tape.inputs[0].new_zeros(*tape.domain.lead, m, dtype=tape.codomain.dtype)
     chunk = max(1, min(_CHUNK, math.isqrt(_CHUNK_ENTRIES // max(m * samples, 1))))

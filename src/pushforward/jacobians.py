@@ -12,7 +12,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pushforward import linalg
 from pushforward.boundary import Layout
-from pushforward.errors import InputError, MemoryBudgetError, ShapeError
+from pushforward.errors import (
+    DifferentiationError,
+    InputError,
+    MemoryBudgetError,
+    ShapeError,
+)
 from pushforward.operators import LinearOperator, scipy_sparse
 from pushforward.passes import Linearization
 from pushforward.planning import blocks
@@ -20,6 +25,8 @@ from pushforward.plans import Plan, function_name
 
 # Entries beyond this many bytes are not kept for the next question about the same Jacobian.
 _KEEP_BYTES = 1 << 28
+# What a decomposition takes for each entry beside the entry itself: copies in double precision.
+_WORK_BYTES = 128
 
 
 class Jacobian(LinearOperator):
@@ -47,7 +54,7 @@ class Jacobian(LinearOperator):
         self.plan = plan
         self.value: Any = tape.value
         self._linear = linear
-        self._kept: dict[bool, Tensor] = {}
+        self._kept: Tensor | None = None
 
     @property
     def _domain(self) -> Layout:
@@ -155,17 +162,22 @@ class Jacobian(LinearOperator):
         Raises:
             MemoryBudgetError: they do not fit in ``memory=``.
         """
-        kept = self._kept.get(self._linear.keeps_graph)
-        return self._assemble() if kept is None else kept.clone()
+        if self._kept is not None and not self._linear.keeps_graph:
+            return self._kept.clone()
+        return self._assemble()
 
     def _entries(self) -> Tensor:
-        """`matrix` for the use of the methods here, computed once while it is small."""
-        if self._bytes() > _KEEP_BYTES:
-            return self._assemble()
-        key = self._linear.keeps_graph
-        if key not in self._kept:
-            self._kept[key] = self._assemble()
-        return self._kept[key]
+        """`matrix` for the use of the methods here, kept while it is small and has no graph.
+
+        A graph is not kept: whoever goes back through it frees it.
+        """
+        self._require_room(_WORK_BYTES)
+        if self._kept is not None and not self._linear.keeps_graph:
+            return self._kept
+        entries = self._assemble()
+        if self._bytes() <= _KEEP_BYTES and not entries.requires_grad:
+            self._kept = entries
+        return entries
 
     def _bytes(self) -> int:
         m, n = self.shape
@@ -194,13 +206,17 @@ class Jacobian(LinearOperator):
         return torch.zeros(*lead, *self.shape, dtype=self.dtype, device=self.device)
 
     def _symmetrised(self, matrix: Tensor) -> Tensor:
-        return matrix if self.plan.quantity != "hessian" else (matrix + matrix.mT) / 2
+        if self.plan.quantity != "hessian":
+            return matrix
+        _refuse_asymmetric(matrix.detach())
+        return (matrix + matrix.mT) / 2
 
-    def _require_room(self) -> None:
-        memory = self.plan.memory
-        if memory is not None and self._bytes() > memory:
+    def _require_room(self, work: int = 0) -> None:
+        memory, m, n = self.plan.memory, *self.shape
+        needed = self._bytes() + work * m * n * (self.batch or 1)
+        if memory is not None and needed > memory:
             raise MemoryBudgetError(
-                f"memory={memory} bytes expects a result that fits, got {self._bytes()} bytes of "
+                f"memory={memory} bytes expects a result that fits, got {needed} bytes of "
                 "entries; raise it, or ask for fro_norm(), diagonal() or J @ v, which need less"
             )
 
@@ -288,6 +304,8 @@ class Jacobian(LinearOperator):
         """
         if self.plan.memory is None and self._bytes() <= _KEEP_BYTES:
             return linalg.fro_norm(self._entries())
+        if 0 in self.shape:
+            return self._empty().sum((-2, -1))
         norms = self._strips(lambda _, strip: linalg.fro_norm(strip.movedim(0, -2)))
         return linalg.fro_norm(torch.stack(norms, dim=-1).unsqueeze(-2))
 
@@ -334,6 +352,18 @@ class Jacobian(LinearOperator):
 
     def _repr_html_(self) -> str:
         return self.plan._repr_html_()
+
+
+def _refuse_asymmetric(matrix: Tensor) -> None:
+    """A Hessian that is far from symmetric holds a wrong second derivative."""
+    entries = matrix.nan_to_num(posinf=0.0, neginf=0.0)
+    gap, size = (entries - entries.mT).abs(), entries.abs()
+    if gap.numel() and matrix.dtype.itemsize >= 4 and bool(gap.max() > 1e-2 * size.max()):
+        raise DifferentiationError(
+            f"expected a symmetric Hessian, got entries that differ by {float(gap.max()):.2g}; the "
+            "backward of some op is not the derivative of its forward, or its second derivative is "
+            "wrong: take pf.jacobian of a gradient that you trust"
+        )
 
 
 def _vector_message(vector: Any, side: Layout, expectation: str) -> str:

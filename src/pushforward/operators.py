@@ -94,6 +94,10 @@ class LinearOperator(ABC):
             return self.pull(torch.eye(m, dtype=self.dtype, device=self.device)).mT
         return self.push(torch.eye(n, dtype=self.dtype, device=self.device))
 
+    def _entries(self) -> Tensor:
+        """`matrix` for the use of the methods here."""
+        return self.matrix()
+
     def dense(self) -> Any:
         """All entries in the shape that the operator's spaces have; (m, n) here."""
         return self.matrix()
@@ -123,7 +127,7 @@ class LinearOperator(ABC):
             DimensionError: m and n differ.
         """
         self._require_square("slogdet")
-        return linalg.slogdet(self.matrix())
+        return linalg.slogdet(self._entries())
 
     def logabsdet(self) -> Tensor:
         """log|det A| of a square operator; -inf where it is singular.
@@ -132,30 +136,30 @@ class LinearOperator(ABC):
             DimensionError: m and n differ.
         """
         self._require_square("logabsdet")
-        return linalg.slogdet(self.matrix())[1]
+        return linalg.slogdet(self._entries())[1]
 
     def logvol(self, rtol: float | None = None) -> Tensor:
         """1/2 log det(A^T A) for m >= n, 1/2 log det(A A^T) for m < n; -inf where deficient.
 
         See `pushforward.linalg.logvol`.
         """
-        return linalg.logvol(self.matrix(), rtol)
+        return linalg.logvol(self._entries(), rtol)
 
     def pdet(self, rtol: float | None = None) -> Tensor:
         """The product of the nonzero singular values; see `pushforward.linalg.pdet`."""
-        return linalg.pdet(self.matrix(), rtol)
+        return linalg.pdet(self._entries(), rtol)
 
     def log_pdet(self, rtol: float | None = None) -> Tensor:
         """The logarithm of `pdet`; see `pushforward.linalg.log_pdet`."""
-        return linalg.log_pdet(self.matrix(), rtol)
+        return linalg.log_pdet(self._entries(), rtol)
 
     def fro_norm(self) -> Tensor:
         """The Frobenius norm, the root of the sum of the squared entries."""
-        return linalg.fro_norm(self.matrix())
+        return linalg.fro_norm(self._entries())
 
     def spectral_norm(self) -> Tensor:
         """The largest singular value; 0 for an empty operator."""
-        return linalg.spectral_norm(self.matrix())
+        return linalg.spectral_norm(self._entries())
 
     def svdvals(self, k: int | None = None) -> Tensor:
         """The singular values, largest first; the first ``k`` of them if ``k`` is given.
@@ -166,20 +170,20 @@ class LinearOperator(ABC):
         most = min(self.shape)
         if k is not None and not 0 <= k <= most:
             raise InputError(f"svdvals expects k between 0 and min(m, n) = {most}, got {k}")
-        values = linalg.svdvals(self.matrix())
+        values = linalg.svdvals(self._entries())
         return values if k is None else values[..., :k]
 
     def rank(self, rtol: float | None = None) -> Tensor:
         """The number of singular values over ``rtol`` (max(m, n) eps) times the largest."""
-        return linalg.rank(self.matrix(), rtol)
+        return linalg.rank(self._entries(), rtol)
 
     def stable_rank(self) -> Tensor:
         """The squared Frobenius norm over the squared spectral norm; 0 for the zero operator."""
-        return linalg.stable_rank(self.matrix())
+        return linalg.stable_rank(self._entries())
 
     def cond(self) -> Tensor:
         """The largest singular value over the smallest; inf where it is singular."""
-        return linalg.cond(self.matrix())
+        return linalg.cond(self._entries())
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` with the same products, on numpy arrays.

@@ -13,13 +13,17 @@ from pushforward.errors import MemoryBudgetError, PlanError
 from pushforward.problems import Problem
 from pushforward.strategies import STRATEGIES, Candidate
 
-# Ops that may take entries of one sample to another, as indices or shifts say that are no part of a
-# plan.
-_MOVING = (
-    "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Scatter ScatterAdd MaskedScatter Take Put"
-    " Roll Flip Sort"
+# Ops that, whatever constants they hold, leave samples apart where they did before.
+_KEEPING = (
+    "Add Sub Mul Div Neg Clone ToCopy Tanh Relu Sigmoid Gelu Silu Elu Softplus LeakyRelu Hardtanh"
+    " Threshold Exp Log Sin Cos Sqrt Rsqrt Pow Abs Erf Clamp Convolution MaxPool2DWithIndices"
+    " AvgPool2D AdaptiveAvgPool2D NativeLayerNorm NativeGroupNorm NativeBatchNorm Addmm View"
+    " UnsafeView ReshapeAlias T Transpose Permute Squeeze Unsqueeze Expand Alias Unbind Split Slice"
+    " Select Cat Stack"
 )
-_MOVES = frozenset(f"{op}Backward{i}" for op in _MOVING.split() for i in range(2))
+_KEEPS_APART = frozenset(f"{op}Backward{i}" for op in _KEEPING.split() for i in range(5))
+# How many plans are remembered for one function: one for each signature.
+_REMEMBERED = 32
 # What one chunk of passes may hold when no budget is given: large enough to keep the cores busy.
 _DEFAULT_CHUNK_BYTES = 1 << 28
 
@@ -54,7 +58,7 @@ def choose(problem: Problem, wanted: str) -> Recipe:
 
 
 def check_again(problem: Problem, recipe: Recipe) -> None:
-    """Verify a plan that is used again, now and then, or always where data decide who meets whom.
+    """Verify a plan that is used again: now and then, or always where constants may couple samples.
 
     The first uses are checked more densely than later ones: number 1, 4, 16, 64 and so on.
 
@@ -64,7 +68,7 @@ def check_again(problem: Problem, recipe: Recipe) -> None:
     use = next(recipe.uses)
     census = problem.linear.tape.census
     due = use & (use - 1) == 0 and use.bit_length() % 2 == 1
-    if due or census.custom or not census.ops.isdisjoint(_MOVES):
+    if due or census.custom or not census.ops <= _KEEPS_APART:
         check_samples(problem)
 
 
@@ -128,6 +132,9 @@ def cached_recipe(function: Callable[..., Any], key: Any) -> Recipe | None:
 def store_recipe(function: Callable[..., Any], key: Any, recipe: Recipe) -> None:
     """Remember a recipe for as long as the function lives."""
     try:
-        _CACHE.setdefault(function, {})[key] = recipe
+        recipes = _CACHE.setdefault(function, {})
+        if len(recipes) >= _REMEMBERED:
+            del recipes[next(iter(recipes))]
+        recipes[key] = recipe
     except TypeError:
         return

@@ -85,6 +85,7 @@ class _Loan:
         self._met: set[int] = set()
         self._originals: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         self._copies: dict[int, Tensor] = {}
+        self._values: list[tuple[Tensor, Tensor]] = []
 
     def hook(self, module: nn.Module, _: Any) -> None:
         if threading.get_ident() == self._thread:
@@ -102,6 +103,9 @@ class _Loan:
     def _lend(self, module: nn.Module) -> None:
         if not module._buffers:
             return
+        if isinstance(module, torch.jit.ScriptModule):  # its buffers cannot be exchanged
+            self._values += [(b, b.clone()) for b in module.buffers(recurse=False)]
+            return
         self._originals.append((module, dict(module._buffers)))
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -113,6 +117,10 @@ class _Loan:
         for module, buffers in self._originals:
             module._buffers.clear()
             module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in self._values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextmanager
@@ -151,6 +159,17 @@ def without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def one_at_a_time() -> threading.RLock:
+    """The lock under which switches of torch, generators and buffers are borrowed and given back.
+
+    Two threads that borrow in turns would each give back what the other had borrowed.
+    """
+    return _ONE_AT_A_TIME
+
+
 @contextmanager
 def outside_inference() -> Iterator[None]:
     """Inference mode off, but gradients as it leaves them: off too."""
@@ -182,5 +201,11 @@ def untouched(
 ) -> Iterator[list[nn.Module]]:
     """Run a user's function so that nothing of it is visible afterwards, and so that it can be
     differentiated. Yields the modules that it runs, as they are met."""
-    with recording(), replayed(state), borrowed_buffers(function) as modules, math_attention():
+    with (
+        one_at_a_time(),
+        recording(),
+        replayed(state),
+        borrowed_buffers(function) as modules,
+        math_attention(),
+    ):
         yield modules

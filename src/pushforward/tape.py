@@ -98,8 +98,7 @@ def record(
     if tape.census.ops.isdisjoint(unfit):
         return tape
     with composites():
-        composed = _evaluate(function, arguments, batch_dim, state, order)
-    return replace(composed, value=tape.value)
+        return _evaluate(function, arguments, batch_dim, state, order)
 
 
 @contextmanager

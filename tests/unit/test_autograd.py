@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 import pushforward as pf
 from oracles import loop_hessian, loop_jacobian, loop_laplacian
-from pushforward.errors import DifferentiationError, GraphError, InputError, ShapeError
+from pushforward.errors import (
+    CouplingError,
+    DifferentiationError,
+    GraphError,
+    InputError,
+    ShapeError,
+)
 
 F64 = {"dtype": torch.float64}
 
@@ -172,3 +178,26 @@ class TestRefusals:
         x = points(5, 3)
         with pytest.raises(ShapeError, match="the same batch as dimension 0"):
             pf.autograd.jacobian(x[:4] ** 2, x, batch_dim=0)
+
+
+def test_ops_that_vmap_gets_wrong_go_one_by_one():
+    x, centres = points(5, 3), points(4, 3).detach()
+    expected = loop_jacobian(lambda x: (x[:, None] - centres).norm(dim=-1), x)
+    torch.testing.assert_close(pf.autograd.jacobian(torch.cdist(x, centres), x), expected)
+
+
+@pytest.mark.parametrize("second", ["gradient", "divergence", "jacobian"])
+def test_composed_third_derivatives_are_refused_too(second: str):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = points(5, 3)
+    value = getattr(pf.autograd, second)(pf.autograd.gradient(net(x), x), x)
+    assert torch.isfinite(value).all()
+    with pytest.raises(DifferentiationError, match="third derivative"):
+        value.sum().backward()
+
+
+def test_coupled_rows_are_refused():
+    x = points(6, 3)
+    with pytest.raises(CouplingError, match=r"rows of y that depend on their own.*\.eval\(\)"):
+        pf.autograd.jacobian(x - x.mean(0), x, batch_dim=0)

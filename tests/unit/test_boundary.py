@@ -81,6 +81,18 @@ def test_products_take_and_return_trees():
     torch.testing.assert_close(torch.cat((pulled["a"], pulled["b"])), flat)
 
 
+def test_trees_are_matched_by_name():
+    x = {"a": torch.tensor([1.0, 2.0], **F64), "b": torch.tensor([3.0, 4.0], **F64)}
+    J = pf.jacobian(lambda t: t["a"] * 10 + t["b"], x)
+    v = {"b": torch.tensor([1.0, 0.0], **F64), "a": torch.tensor([0.0, 1.0], **F64)}
+    torch.testing.assert_close(J @ v, torch.tensor([1.0, 10.0], **F64))
+    with pytest.raises(ShapeError, match="J @ v expects v like"):
+        J @ {"zz": v["a"], "y": v["b"]}
+    J = pf.jacobian(lambda s: s.position, state())
+    with pytest.raises(ShapeError, match="J @ v expects v like"):
+        J @ {"position": v["a"]}
+
+
 def test_integer_leaves_stand_aside_in_products_too():
     def f(tree):
         values, index = tree

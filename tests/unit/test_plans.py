@@ -1,5 +1,7 @@
 """Plans: what is chosen, what is said of it, when it no longer holds, and budgets."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -156,6 +158,28 @@ class TestReuse:
         plan = pf.plan(torch.sin, torch.ones(3))
         with pytest.raises(PlanError, match=message):
             plan(x)
+
+    def test_not_for_other_terms(self):
+        x = torch.ones(3)
+        plan = pf.plan(torch.add, x, x)
+        with pytest.raises(PlanError, match="argnums=0, got 1"):
+            pf.jacobian(torch.add, x, x, argnums=1, plan=plan)
+        with pytest.raises(PlanError, match="memory=None, got 1000000"):
+            pf.jacobian(torch.add, x, x, plan=plan, memory=10**6)
+
+    def test_not_for_a_matrix_that_begins_to_mix_samples(self):
+        mixing = torch.eye(6)
+
+        def f(x: Tensor) -> Tensor:
+            return mixing @ x
+
+        x = torch.ones(6, 3)
+        for _ in range(3):
+            assert pf.jacobian(f, x, batch_dim=0).matrix().shape == (6, 3, 3)
+        mixing.fill_(1.0)
+        for _ in range(3):
+            with pytest.raises(CouplingError, match="through mm"):
+                pf.jacobian(f, x, batch_dim=0)
 
     def test_not_for_another_quantity(self):
         plan = pf.plan(torch.sum, torch.ones(3), quantity="hessian")
@@ -352,6 +376,96 @@ class TestFreedGraphs:
             net[0].weight.add_(1)
         with pytest.raises(DifferentiationError, match=r"changed in place.*pf.jacobian again"):
             J.T @ torch.ones(3, **F64)
+
+    def test_several_losses_of_one_jacobian(self):
+        net = wide_net(3, 3).double()
+        J = pf.jacobian(net, torch.ones(3, **F64))
+        J.fro_norm().backward()
+        first = net[0].weight.grad.clone()
+        J.logabsdet().backward()
+        assert not torch.equal(net[0].weight.grad, first)
+
+
+class TestKept:
+    def test_quantities_share_the_entries(self):
+        Counted.calls = 0
+        J = pf.jacobian(Counted.apply, torch.ones(3, **F64))
+        Counted.calls = 0
+        J.svdvals(), J.rank(), J.cond(), J.logvol(), J.slogdet(), J.fro_norm()
+        assert Counted.calls == 1
+
+    def test_a_decomposition_needs_more_than_its_entries(self):
+        J = pf.jacobian(wide_net(64, 64), torch.ones(64), memory=64 * 64 * 4 * 8)
+        assert J.matrix().shape == (64, 64)
+        with pytest.raises(MemoryBudgetError, match="expects a result that fits"):
+            J.pdet()
+
+    def test_few_functions_keep_many_shapes(self):
+        from pushforward.planning import _CACHE, _REMEMBERED
+
+        def f(x: Tensor) -> Tensor:
+            return x.sin()
+
+        for n in range(1, 2 * _REMEMBERED):
+            pf.jacobian(f, torch.ones(n))
+        assert len(_CACHE[f]) == _REMEMBERED
+
+    def test_an_empty_one_under_a_budget(self):
+        assert pf.jacobian(lambda x: x[:0], torch.ones(3), memory=10**6).fro_norm() == 0
+
+
+class TestHessian:
+    def test_weight_norm(self):
+        """The fused op has a wrong second derivative: it is recorded written out."""
+        g, v = torch.tensor([[1.5], [0.5]], **F64), torch.tensor([[1.0, 2.0], [3.0, -1.0]], **F64)
+
+        def fused(p: dict[str, Tensor]) -> Tensor:
+            return torch._weight_norm(p["v"], p["g"], 0).pow(3).sum()
+
+        def plain(p: dict[str, Tensor]) -> Tensor:
+            return (p["v"] * p["g"] / p["v"].norm(dim=1, keepdim=True)).pow(3).sum()
+
+        point = {"g": g, "v": v}
+        torch.testing.assert_close(
+            pf.hessian(fused, point).matrix(), pf.hessian(plain, point).matrix()
+        )
+
+    def test_a_backward_that_is_no_derivative_is_found_out(self):
+        def f(z: Tensor) -> Tensor:
+            return Twisted.apply(z)
+
+        class Twisted(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, z: Tensor) -> Tensor:
+                ctx.save_for_backward(z)
+                return (z**2).sum()
+
+            @staticmethod
+            def backward(ctx, gradient: Tensor) -> Tensor:
+                (z,) = ctx.saved_tensors
+                return gradient * torch.stack((z[0], z[0] * z[1]))
+
+        with pytest.raises(
+            DifferentiationError, match="symmetric Hessian, got entries that differ"
+        ):
+            pf.hessian(f, torch.tensor([1.0, 2.0], **F64)).matrix()
+
+
+class TestThreads:
+    def test_calls_in_threads_leave_no_trace(self):
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()).eval()
+        buffer, flash = net[1].running_mean, torch.backends.cuda.flash_sdp_enabled()
+        expected = pf.jacobian(net, torch.ones(5, 4), batch_dim=0).matrix().detach()
+        with ThreadPoolExecutor(4) as pool:
+            found = list(
+                pool.map(
+                    lambda _: pf.jacobian(net, torch.ones(5, 4), batch_dim=0).matrix().detach(),
+                    range(40),
+                )
+            )
+        assert all(torch.equal(matrix, expected) for matrix in found)
+        assert net[1].running_mean is buffer
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
 
 
 class TestDifferential:
