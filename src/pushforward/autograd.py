@@ -25,7 +25,7 @@ from pushforward.errors import (
     ShapeError,
 )
 from pushforward.passes import gradients_of
-from pushforward.tape import op_name, take_census
+from pushforward.tape import explained, op_name, take_census
 
 __all__ = ["divergence", "gradient", "jacobian", "laplace", "laplacian"]
 
@@ -205,7 +205,10 @@ def _refuse_unconnected() -> NoReturn:
 
 
 def _pull(y: Tensor, x: Tensor, u: Tensor) -> Tensor | None:
-    (found,) = torch.autograd.grad(y, x, u, create_graph=True, allow_unused=True)
+    try:
+        (found,) = torch.autograd.grad(y, x, u, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise explained(error) from error
     return found
 
 

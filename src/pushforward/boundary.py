@@ -229,6 +229,8 @@ class Layout:
     def _as_part(self, value: Any, leaf: Leaf) -> Tensor | None:
         if not isinstance(value, Tensor):
             return None
+        if value.is_complex() and not leaf.is_complex:
+            return None
         if leaf.is_complex and tuple(value.shape) == (*self.lead, *leaf.shape):
             value = as_real(value.to(leaf.dtype))
         return value if tuple(value.shape) == (*self.lead, *leaf.real_shape) else None
@@ -310,6 +312,11 @@ class Arguments:
             raise InputError(
                 "expected at least one floating-point or complex tensor to differentiate, got "
                 f"{domain.describe()}; convert it, or choose another argument with argnums="
+            )
+        if any(v.layout != torch.strided for v in domain.select(values)):
+            raise InputError(
+                f"expected dense tensors to differentiate, got a sparse one ({domain.describe()}); "
+                "differentiate with respect to its values"
             )
         return Arguments(args, chosen, domain, tuple(values))
 

@@ -39,7 +39,7 @@ def check_batching(problem: Problem) -> tuple[str, ...]:
     with torch.no_grad():
         together = linear.pull(torch.cat(cotangents))
         apart = torch.cat([linear.pull(u) for u in cotangents])
-    scale = apart.abs().amax().nan_to_num(posinf=0.0)
+    scale = apart.abs().nan_to_num(posinf=0.0, neginf=0.0).amax()
     if not linear.batched or _agree(together, apart, scale):
         return ()
     linear.batched = False
@@ -76,7 +76,10 @@ def sample_scales(samples: int) -> Iterator[Tensor]:
 
 def scaled_alike(expected: Tensor, came: Tensor) -> bool:
     """Whether gradients (..., B, n) are what scaling each sample makes of them, up to rounding."""
-    tolerance = 64 * torch.finfo(expected.dtype).eps * expected.abs().amax(-1, keepdim=True)
+    limits = torch.finfo(expected.dtype)
+    # Powers of two are exact, but for what falls below the smallest normal number.
+    least = 64 * limits.tiny * limits.eps
+    tolerance = 64 * limits.eps * expected.abs().amax(-1, keepdim=True) + least
     close = (came - expected).abs() <= tolerance
     return bool((close | ~torch.isfinite(expected)).all())
 
@@ -84,6 +87,13 @@ def scaled_alike(expected: Tensor, came: Tensor) -> bool:
 def coupling_message(tape: Tape) -> str:
     """Say which op lets the samples of a batch influence each other, and what to do."""
     op = _op_that_couples(tape)
+    if op is None and tape.census.custom:
+        names = ", ".join(sorted(op_name(name) for name in tape.census.custom))
+        return (
+            "batch_dim=0 expects gradients that scale with their cotangents, sample by sample, "
+            f"but those through {names} do not: its backward is not linear, or samples meet in "
+            "it; use batch_dim=None for one map of the whole batch"
+        )
     trains = "norm" in (op or "") and any(tape.mode)
     advice = "call .eval() on the model first, or " if trains else ""
     return (
@@ -117,7 +127,8 @@ def why_not_forward(problem: Problem) -> str | None:
         return f"no second derivative ({str(error).splitlines()[0][:80]})"
     if linear.by_rows:
         return "no second derivative, so that J v is made of rows"
-    if not _agree(_inner(u, pushed), _inner(pulled, v), _inner(u.abs(), pushed.abs())):
+    scale = _inner(u.abs(), pushed.nan_to_num().abs())
+    if not _agree(_inner(u, pushed), _inner(pulled, v), scale):
         ops = ", ".join(op_name(name) for name in sorted(linear.tape.census.custom))
         return f"J v and J^T u disagree; the backward of {ops or 'an op'} is not a linear graph"
     return None
@@ -129,5 +140,4 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def _agree(one: Tensor, other: Tensor, scale: Tensor) -> bool:
     tolerance = 1e-2 if one.dtype.itemsize < 4 else 1e-3
-    bounded = torch.isfinite(one) & torch.isfinite(other)
-    return bool(((one - other).abs() <= tolerance * scale)[bounded].all())
+    return bool(((one - other).abs() <= tolerance * scale)[torch.isfinite(other)].all())

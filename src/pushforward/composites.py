@@ -19,13 +19,14 @@ from pushforward.purity import one_at_a_time, without_mkldnn
 
 # No second derivative, or a wrong first one under vmap: cdist's backward gives each row of the
 # Jacobian the entries of others there.
-# weight_norm's second derivative is wrong.
+# weight_norm's second derivative is wrong, that of logcumsumexp is NaN.
 UNFIT = frozenset(
     {
         "CdistBackward0",
         "PdistBackward0",
         "MkldnnRnnLayerBackward0",
         "WeightNormInterfaceBackward0",
+        "LogcumsumexpBackward0",
     }
 )
 # Right twice, wrong the third time: the second derivative takes the saved mean for a constant.
@@ -125,6 +126,17 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def logcumsumexp(input: Tensor, dim: int) -> Tensor:
+    """log of the running sum of exp along an axis, as one logsumexp for each end of the sum."""
+    if input.dim() == 0:
+        return input.clone()
+    rows = input.movedim(dim, -1)
+    n = rows.shape[-1]
+    later = torch.ones(n, n, dtype=torch.bool, device=input.device).triu(1)
+    running = rows.unsqueeze(-2).expand(*rows.shape[:-1], n, n).masked_fill(later, -math.inf)
+    return running.logsumexp(-1).movedim(-1, dim)
+
+
 def cdist(
     x1: Tensor,
     x2: Tensor,
@@ -155,6 +167,8 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.instance_norm: instance_norm,
     torch.instance_norm: instance_norm,
     torch._weight_norm: weight_norm,
+    torch.logcumsumexp: logcumsumexp,
+    torch.Tensor.logcumsumexp: logcumsumexp,
     torch.cdist: cdist,
     torch.pdist: pdist,
     torch.nn.functional.pdist: pdist,

@@ -91,6 +91,7 @@ def laplacian(f: Callable[..., Any], x: Any, batch_dim: int | None = None) -> An
     check_batching(problem)
     if tape.codomain.size == 1:
         return _scalar_laplacian(f, arguments, batch_dim, tape)
+    tape = record(f, arguments, batch_dim, tape.state, order=3) if tape.composed else tape
     return tape.codomain.unpack(_vector_laplacian(tape, linear.batched))
 
 

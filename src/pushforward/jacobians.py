@@ -108,6 +108,8 @@ class Jacobian(LinearOperator):
         if packed is not None:
             return target.unpack(self._chunked(product, packed.to(source.dtype))[0])
         flat = (*source.lead, source.size)
+        if isinstance(vector, Tensor) and vector.is_complex():
+            raise ShapeError(_vector_message(vector, source, expectation))
         if isinstance(vector, Tensor) and tuple(vector.shape) == flat:
             return self._chunked(product, vector.unsqueeze(0).to(source.dtype))[0]
         if isinstance(vector, Tensor) and tuple(vector.shape[:-1]) == flat:

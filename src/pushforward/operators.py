@@ -168,8 +168,10 @@ class LinearOperator(ABC):
             InputError: ``k`` is not between 0 and min(m, n).
         """
         most = min(self.shape)
-        if k is not None and not 0 <= k <= most:
-            raise InputError(f"svdvals expects k between 0 and min(m, n) = {most}, got {k}")
+        if k is not None and (not isinstance(k, int) or not 0 <= k <= most):
+            raise InputError(
+                f"svdvals expects a whole number k between 0 and min(m, n) = {most}, got {k!r}"
+            )
         values = linalg.svdvals(self._entries())
         return values if k is None else values[..., :k]
 
@@ -310,6 +312,11 @@ def aslinearoperator(
         >>> aslinearoperator((3, 2), lambda v: A @ v, lambda u: A.T @ u).fro_norm()
         tensor(2.4495)
     """
+    if not callable(push) or not callable(pull):
+        raise InputError(
+            f"push and pull expect functions of blocks, got {push!r} and {pull!r}; "
+            "see LinearOperator"
+        )
     return _Products(shape, push, pull, dtype, device)
 
 

@@ -19,7 +19,7 @@ from pushforward.boundary import Layout
 from pushforward.composites import UNFIT_THIRD
 from pushforward.errors import DifferentiationError
 from pushforward.purity import outside_inference, quiet_vmap, recording
-from pushforward.tape import LinearHead, Tape, linear_head, record_again, refuse_stale
+from pushforward.tape import LinearHead, Tape, explained, linear_head, record_again, refuse_stale
 
 Source = Tensor | GradientEdge
 T = TypeVar("T")
@@ -184,7 +184,7 @@ class Linearization:
                 if "inplace operation" in str(error):
                     refuse_stale(self.tape)
                 if not _freed(error):
-                    raise _explained(error) from error
+                    raise explained(error) from error
             return self._afresh(product)
 
     def _afresh(self, product: Callable[[], T]) -> T:
@@ -290,17 +290,6 @@ def random_vectors(side: Layout, count: int) -> tuple[Tensor, ...]:
 
 def _freed(error: Exception) -> bool:
     return "a second time" in str(error)
-
-
-def _explained(error: RuntimeError) -> RuntimeError | DifferentiationError:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    signs = ("not implemented", "not differentiable", "once_differentiable", "derivative")
-    if isinstance(error, NotImplementedError) or any(sign in text for sign in signs):
-        return DifferentiationError(
-            f"expected ops that can be differentiated, but torch says: {text}; "
-            "replace the op by a composite of differentiable ones"
-        )
-    return error
 
 
 def _live(outputs: Sequence[Source], seeds: Sequence[Tensor]) -> tuple[list[Source], list[Tensor]]:

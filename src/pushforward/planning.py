@@ -49,7 +49,7 @@ def choose(problem: Problem, wanted: str) -> Recipe:
         reasons = "; ".join(f"{name}: {why}" for name, why in asked.items())
         raise PlanError(
             f"expected a strategy that applies to this map, got {wanted!r} ({reasons}); "
-            'use plan="auto"'
+            'use plan="auto", or "loop", which always applies'
         )
     best = min(candidates, key=lambda candidate: candidate.work)
     rejected = [(name, _why_rejected(c, best)) for name, c in asked.items() if c is not best]

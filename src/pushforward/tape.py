@@ -48,6 +48,7 @@ class Tape:
     mode: tuple[bool, ...]
     order: int = 1
     is_gradient: bool = False
+    composed: bool = False
 
     @property
     def domain(self) -> Layout:
@@ -98,7 +99,21 @@ def record(
     if tape.census.ops.isdisjoint(unfit):
         return tape
     with composites():
-        return _evaluate(function, arguments, batch_dim, state, order)
+        composed = _evaluate(function, arguments, batch_dim, state, order)
+    _refuse_hidden(composed)
+    return replace(composed, composed=True)
+
+
+def _refuse_hidden(tape: Tape) -> None:
+    """Raise where an op stayed, in compiled or scripted code, whose third derivative is needed."""
+    met = tape.census.ops & UNFIT_THIRD
+    if met and tape.order + tape.census.attached >= 3:
+        names = ", ".join(sorted(op_name(op) for op in met))
+        raise DifferentiationError(
+            f"expected ops whose third derivative torch gets right, got {names} inside of code "
+            "that they cannot be replaced in (scripted or traced, or a call below torch.nn); pass "
+            "the module as it was written, or call under torch.no_grad() where values will do"
+        )
 
 
 @contextmanager
@@ -149,7 +164,7 @@ def record_gradient(
         )
     with recording():
         gradient = _gradient(tape)
-    census = take_census(gradient, tape.inputs, _active(arguments), tape.census.attached)
+        census = take_census(gradient, tape.inputs, _active(arguments), tape.census.attached)
     return replace(tape, outputs=gradient, codomain=tape.domain, census=census, is_gradient=True)
 
 
@@ -163,9 +178,12 @@ def _gradient(tape: Tape) -> tuple[Tensor, ...]:
     outputs = [y.sum() for y in tape.outputs if y.requires_grad]
     if not outputs:
         return tuple(torch.zeros_like(x) for x in tape.inputs)
-    return torch.autograd.grad(
-        outputs, tape.inputs, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    try:
+        return torch.autograd.grad(
+            outputs, tape.inputs, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    except RuntimeError as error:
+        raise explained(error) from error
 
 
 def _active(arguments: Arguments) -> list[Tensor]:
@@ -343,6 +361,27 @@ def _leaks(gradient: Tensor | None, others: Tensor) -> bool:
     if gradient is None or gradient.dim() == 0 or gradient.shape[0] != len(others):
         return False
     return bool(gradient[others.to(gradient.device)].any())
+
+
+def explained(error: RuntimeError) -> RuntimeError | DifferentiationError:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if type(error).__name__ == "CheckpointError":
+        return DifferentiationError(
+            "expected code that runs the same way again, but what runs inside of a checkpoint "
+            "holds an op that is written out here; take the checkpoint away for this call"
+        )
+    if "use_reentrant" in text:
+        return DifferentiationError(
+            "expected a function that plain gradients go through, got a reentrant checkpoint in "
+            "it; call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+        )
+    signs = ("not implemented", "not differentiable", "once_differentiable", "derivative")
+    if isinstance(error, NotImplementedError) or any(sign in text for sign in signs):
+        return DifferentiationError(
+            f"expected ops that can be differentiated, but torch says: {text}; "
+            "replace the op by a composite of differentiable ones"
+        )
+    return error
 
 
 def refuse_stale(tape: Tape) -> None:

@@ -131,8 +131,19 @@ class _Claim:
                 f"{events.m} x {events.n} Jacobian"
             )
         with torch.no_grad():
-            matrix = events.jacobian(events.flatten(self.x)).matrix()
+            matrix = events.jacobian(self._finest(events)).matrix()
             return events.per_sample(slogdet(matrix)[1])
+
+    def _finest(self, events: Events) -> Tensor:
+        """The points in double precision, where the transform takes it: near saturation a Jacobian
+        in single precision is worse than many a formula."""
+        flat = events.flatten(self.x)
+        try:
+            with untouched(self.function):
+                wide = events.flat(flat.double())
+        except (RuntimeError, TypeError, ValueError):
+            return flat
+        return flat.double() if wide.dtype == torch.float64 else flat
 
     def require_shape(self) -> None:
         if tuple(self.logabsdet.shape) == self.batch:
@@ -173,13 +184,23 @@ def _claim(transform: Any, x: Tensor) -> _Claim:
         if isinstance(transform, Transform):
             function = partial(_call, transform)
             y = function(x)
-            logabsdet = transform.log_abs_det_jacobian(x, y)
+            logabsdet = _own_logabsdet(transform, x, y)
         else:
             function = partial(_first, transform)
             y, logabsdet = _pair(transform(x), name)
     claim = _Claim(name, function, x, y, logabsdet, max(event_dim, 0))
     claim.require_shape()
     return claim
+
+
+def _own_logabsdet(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
+    try:
+        return transform.log_abs_det_jacobian(x, y)
+    except NotImplementedError as error:
+        raise InputError(
+            "logdetcheck expects a transform with a log-determinant, but "
+            f"{function_name(transform)} has no log_abs_det_jacobian"
+        ) from error
 
 
 def _call(transform: Any, x: Tensor) -> Tensor:
