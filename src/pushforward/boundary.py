@@ -130,11 +130,11 @@ class Leaf:
         assert self.dtype is not None
         return self.dtype.to_real()
 
-    @cached_property
+    @property
     def real_shape(self) -> tuple[int, ...]:
         return (*self.shape, 2) if self.is_complex else self.shape
 
-    @cached_property
+    @property
     def size(self) -> int:
         return math.prod(self.real_shape) if self.differentiable else 0
 
@@ -169,9 +169,10 @@ class Layout:
         """The number of real scalars, of one sample where there is a batch."""
         return sum(leaf.size for leaf in self.active)
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
-        return reduce(torch.promote_types, [leaf.real_dtype for leaf in self.active])
+        first, *others = self.active
+        return reduce(torch.promote_types, [leaf.real_dtype for leaf in others], first.real_dtype)
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +180,7 @@ class Layout:
         assert device is not None
         return device
 
-    @cached_property
+    @property
     def lead(self) -> tuple[int, ...]:
         """The batch axis, if there is one."""
         return () if self.batch is None else (self.batch,)
@@ -251,7 +252,7 @@ class Layout:
             [next(rest) if leaf.differentiable else None for leaf in self.leaves]
         )
 
-    @cached_property
+    @property
     def signature(self) -> tuple[Any, ...]:
         """What a plan depends on: tree, shapes, dtypes, devices, batch."""
         return (self.structure.signature, self.leaves, self.batch)

@@ -44,15 +44,11 @@ class Jacobian(LinearOperator):
     """
 
     def __init__(self, linear: Linearization, plan: Plan) -> None:
-        tape = linear.tape
-        super().__init__(
-            (tape.codomain.size, tape.domain.size),
-            dtype=tape.domain.dtype,
-            device=tape.domain.device,
-        )
-        self.batch = tape.domain.batch
+        domain, codomain = linear.tape.domain, linear.tape.codomain
+        self.shape = (codomain.size, domain.size)
+        self.dtype, self.device, self.batch = domain.dtype, domain.device, domain.batch
         self.plan = plan
-        self.value: Any = tape.value
+        self.value: Any = linear.tape.value
         self._linear = linear
         self._kept: Tensor | None = None
 
@@ -231,8 +227,8 @@ class Jacobian(LinearOperator):
         Cost: ``plan.passes`` passes and m n entries.
         """
         matrix = self.matrix()
-        rows = matrix.split([leaf.size for leaf in self._codomain.active], dim=-2)
-        grid = [row.split([leaf.size for leaf in self._domain.active], dim=-1) for row in rows]
+        rows = _cut(matrix, self._codomain, -2)
+        grid = [_cut(row, self._domain, -1) for row in rows]
         return self._codomain.arrange(
             [
                 self._domain.arrange(
@@ -354,6 +350,12 @@ class Jacobian(LinearOperator):
 
     def _repr_html_(self) -> str:
         return self.plan._repr_html_()
+
+
+def _cut(matrix: Tensor, side: Layout, dim: int) -> Sequence[Tensor]:
+    """One part of a matrix for each leaf of a side."""
+    sizes = [leaf.size for leaf in side.active]
+    return (matrix,) if len(sizes) == 1 else matrix.split(sizes, dim)
 
 
 def _refuse_asymmetric(matrix: Tensor) -> None:

@@ -94,11 +94,14 @@ class _Loan:
     def take(self, module: nn.Module) -> None:
         if id(module) in self._met:
             return
-        for part in module.modules():
-            if id(part) not in self._met:
+        pending: list[nn.Module | None] = [module]
+        while pending:
+            part = pending.pop()
+            if part is not None and id(part) not in self._met:
                 self._met.add(id(part))
                 self.modules.append(part)
                 self._lend(part)
+                pending.extend(part._modules.values())
 
     def _lend(self, module: nn.Module) -> None:
         if not module._buffers:
@@ -122,21 +125,14 @@ class _Loan:
             buffer.data.copy_(value)
 
 
-@contextmanager
-def math_attention() -> Iterator[None]:
-    """Use the attention kernel that has all its derivatives; the fused ones lack the second."""
+def _attention_switches() -> tuple[bool, bool, bool, bool]:
     kernels = torch.backends.cuda  # these switches hold for the CPU too
-    before = (
+    return (
         kernels.flash_sdp_enabled(),
         kernels.mem_efficient_sdp_enabled(),
         kernels.cudnn_sdp_enabled(),
         kernels.math_sdp_enabled(),
     )
-    _switch_attention(False, False, False, True)
-    try:
-        yield
-    finally:
-        _switch_attention(*before)
 
 
 def _switch_attention(flash: bool, efficient: bool, cudnn: bool, math: bool) -> None:
@@ -199,12 +195,17 @@ def untouched(
     function: Callable[..., Any], state: RandomState | None = None
 ) -> Iterator[list[nn.Module]]:
     """Run a user's function so that nothing of it is visible afterwards, and so that it can be
-    differentiated. Yields the modules that it runs, as they are met."""
-    with (
-        one_at_a_time(),
-        recording(),
-        replayed(state),
-        borrowed_buffers(function) as modules,
-        math_attention(),
-    ):
-        yield modules
+    differentiated. Yields the modules that it runs, as they are met.
+
+    Attention runs by the kernel that has all its derivatives; the fused ones lack the second.
+    """
+    with one_at_a_time(), recording(), borrowed_buffers(function) as modules:
+        before, kernels = RandomState.now(), _attention_switches()
+        _switch_attention(flash=False, efficient=False, cudnn=False, math=True)
+        if state is not None:
+            state.restore()
+        try:
+            yield modules
+        finally:
+            _switch_attention(*kernels)
+            before.restore()

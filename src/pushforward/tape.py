@@ -26,6 +26,8 @@ from pushforward.purity import RandomState, recording, untouched
 # derivative where singular values repeat. One cotangent at a time it solves with LU instead.
 _NOT_UNDER_VMAP = frozenset({"LinalgDetBackward0"})
 
+# The node at which a gradient arrives at a leaf.
+_LEAF = "torch::autograd::AccumulateGrad"
 # How many maps are being recorded around the one that is recorded next.
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
 
@@ -234,19 +236,27 @@ def _detached(leaves: Sequence[Any], codomain: Layout) -> Any:
     )
 
 
-def nodes_behind(roots: Sequence[Node | None], stops: set[Any]) -> Iterator[Node]:
+def nodes_behind(roots: Sequence[Node | None], stops: set[Any]) -> list[Node]:
     """Every node that the roots depend on, once each, without going past ``stops``."""
+    return [node for node, _ in named_nodes(roots, stops)]
+
+
+def named_nodes(roots: Sequence[Node | None], stops: set[Any]) -> list[tuple[Node, str]]:
+    """The same with the names of the nodes. Every call of the library makes this walk."""
     pending = [node for node in roots if node is not None]
     seen = set(pending)
+    found = []
     while pending:
         node = pending.pop()
-        yield node
-        if node in stops:
+        name = node.name()
+        found.append((node, name))
+        if name == _LEAF or node in stops:
             continue
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 pending.append(parent)
+    return found
 
 
 def source_node(tensor: Tensor) -> Node:
@@ -270,12 +280,10 @@ def take_census(
     versions = [(x, x._version) for x in given if not x.is_inference()]
     attached = any(x.grad_fn is not None for x in inputs)
     reaches = False
-    for node in nodes_behind([y.grad_fn for y in outputs], sources):
+    for node, name in named_nodes([y.grad_fn for y in outputs], sources):
         if node in sources:
             reaches = True
-            continue
-        name = node.name()
-        if name == "torch::autograd::AccumulateGrad":
+        elif name == _LEAF:
             attached = True
             leaf = cast(Any, node).variable
             versions.append((leaf, leaf._version))
