@@ -209,3 +209,11 @@ class TestEvents:
         assert worst_index(torch.tensor([1.0, 5.0, 2.0, 0.0, 0.0, 0.0]), (2, 3)) == (0, 1)
         assert worst_index(torch.tensor([1.0, 5.0, torch.nan, 0.0]), (2, 2)) == (1, 0)
         assert worst_index(torch.tensor([1.0]), ()) == ()
+
+
+def test_small_coordinates_beside_large_ones():
+    """The residual of the large one drowns that of the small one long before it has converged."""
+    transform = pf.AutoTransform(torch.exp)
+    for y in ([1e8, 1e-8], [1e4, 1e-8], [1e12, 1.0], [1e8, 1e-4]):
+        point = torch.tensor(y, dtype=torch.float64)
+        torch.testing.assert_close(transform.inv(point), point.log())

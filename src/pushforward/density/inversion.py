@@ -164,7 +164,7 @@ class _Search:
         stuck = ~_all_of(x)
         for iteration in range(iterations + 1):
             look = _look(self.events, self.target, x)
-            moving = ~(look.arrived | look.level | stuck)
+            moving = ~(look.arrived | (look.level & ~look.rounded) | stuck)
             if iteration == iterations or not moving.any():
                 break
             x, moved = self.backtrack(look, x, moving, allowed, halvings)
@@ -183,7 +183,9 @@ class _Search:
             reached = _norm(self.events.evaluate(trial) - self.target)
             promised = 1 - 2 * _ARMIJO * length * (look.slope / look.size).square()
             falls = (reached / look.size).square() <= promised
-            accepted = pending & falls & allowed(trial)
+            # Below rounding the residual no longer tells which step is better: small coordinates
+            # beside large ones still have their way to go.
+            accepted = pending & (falls | (reached <= look.rounding)) & allowed(trial)
             x, pending = torch.where(accepted[:, None], trial, x), pending & ~accepted
             length = length * torch.where(reached.isfinite(), 0.5, 0.1)
             if not (pending & (length >= look.shortest)).any():
@@ -196,8 +198,8 @@ class _Look:
     """The equation linearised at a point, per sample.
 
     The Newton step, |f(x) - y|, the part of it in the tangent space, the shortest part of the step
-    that moves x at all; and whether the step is negligible, the residual is rounding, the residual
-    is too large for a solution, the residual is at right angles to the tangent space.
+    that moves x at all; whether the step is negligible; the residual that rounding leaves; whether
+    the residual is too large for a solution, or at right angles to the tangent space.
     """
 
     step: Tensor
@@ -205,9 +207,13 @@ class _Look:
     slope: Tensor
     shortest: Tensor
     arrived: Tensor
-    rounded: Tensor
+    rounding: Tensor
     off: Tensor
     level: Tensor
+
+    @property
+    def rounded(self) -> Tensor:
+        return self.size <= self.rounding
 
 
 def _look(events: Events, target: Tensor, x: Tensor) -> _Look:
@@ -215,7 +221,7 @@ def _look(events: Events, target: Tensor, x: Tensor) -> _Look:
     matrix, difference = J.matrix(), J.value - target
     (step, singular), size = _step(matrix, difference), _norm(difference)
     eps, slope = torch.finfo(x.dtype).eps, _norm((upcast(matrix) @ upcast(step)[..., None])[..., 0])
-    rounded = size <= 1e3 * eps * (1 + _norm(target))
+    rounding = 1e3 * eps * (1 + _norm(target))
     negligible = _norm(step) <= _tolerance(x.dtype) * (1 + _norm(x))
     return _Look(
         step,
@@ -223,8 +229,8 @@ def _look(events: Events, target: Tensor, x: Tensor) -> _Look:
         slope,
         shortest=eps * (1 + _norm(x)) / _norm(step),
         # Where J is singular, a short step does not mean that f(x) is near y.
-        arrived=size.isfinite() & negligible & (rounded | ~singular),
-        rounded=rounded,
+        arrived=size.isfinite() & negligible & ((size <= rounding) | ~singular),
+        rounding=rounding,
         off=is_off(J.value, matrix, target),
         # The squared residual changes by less than its rounding from here on.
         level=slope <= 10 * eps**0.5 * size,
