@@ -307,24 +307,6 @@ class Jacobian(LinearOperator):
         norms = self._strips(lambda _, strip: linalg.fro_norm(strip.movedim(0, -2)))
         return linalg.fro_norm(torch.stack(norms, dim=-1).unsqueeze(-2))
 
-    def slogdet(self) -> tuple[Tensor, Tensor]:
-        """(sign, log|det J|) of a square Jacobian, ([B,]) each; singular: sign 0 and -inf.
-
-        Raises:
-            DimensionError: m and n differ.
-        """
-        self._require_square("slogdet")
-        return linalg.slogdet(self._entries())
-
-    def logabsdet(self) -> Tensor:
-        """log|det J| of a square Jacobian, ([B,]); -inf where it is singular.
-
-        Raises:
-            DimensionError: m and n differ.
-        """
-        self._require_square("logabsdet")
-        return linalg.slogdet(self._entries())[1]
-
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` with the same products.
 
