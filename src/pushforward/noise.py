@@ -169,7 +169,10 @@ def _pairs(samples: int | None) -> int:
 
 
 def _checked_sigma(sigma: float) -> float:
-    number = float(sigma)
+    try:
+        number = float(sigma)
+    except (TypeError, ValueError):
+        number = math.nan
     if not (math.isfinite(number) and number > 0):
         raise InputError(
             f"sigma expects a positive finite number, got {sigma!r}; for the limit sigma -> 0 "
@@ -204,7 +207,9 @@ def _source(
         raise InputError("expected seed= or generator=, got both; a generator holds its own seed")
     if generator is not None:
         return generator, None
-    chosen = secrets.randbits(32) if seed is None else int(seed)
+    if seed is not None and not isinstance(seed, int):
+        raise InputError(f"seed expects a whole number, got {seed!r}; leave it out for a fresh one")
+    chosen = secrets.randbits(32) if seed is None else seed
     return torch.Generator(device=device).manual_seed(chosen), chosen
 
 

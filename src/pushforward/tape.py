@@ -198,7 +198,13 @@ def _source(leaf: Tensor, attach: bool) -> Tensor:
     if attach and leaf.requires_grad:
         return leaf.view_as(leaf)
     own = leaf.clone() if leaf.is_inference() else leaf
-    return own.detach().requires_grad_()
+    try:
+        return own.detach().requires_grad_()
+    except RuntimeError as error:
+        raise InputError(
+            "expected plain tensors, got those of a transform of torch.func or of vmap; take "
+            "batch_dim=0 instead of vmap, and differentiate results by their own gradients"
+        ) from error
 
 
 def _fresh(arguments: Arguments, inputs: Sequence[Tensor]) -> list[Any]:
@@ -377,6 +383,11 @@ def explained(error: RuntimeError) -> RuntimeError | DifferentiationError:
         return DifferentiationError(
             "expected code that runs the same way again, but what runs inside of a checkpoint "
             "holds an op that is written out here; take the checkpoint away for this call"
+        )
+    if "functorch transform" in text:
+        return DifferentiationError(
+            "expected plain tensors, got those of a transform of torch.func; differentiate results "
+            "by their own gradients instead"
         )
     if "use_reentrant" in text:
         return DifferentiationError(

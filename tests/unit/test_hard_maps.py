@@ -178,3 +178,30 @@ def test_saturated_transforms_of_torch_are_right(transform):
 def test_a_transform_without_a_log_determinant():
     with pytest.raises(InputError, match="has no log_abs_det_jacobian"):
         pf.logdetcheck(LowerCholeskyTransform(), point(3, 3))
+
+
+def test_vmap_around_it_is_refused():
+    with pytest.raises(InputError, match="batch_dim=0 instead of vmap"):
+        torch.func.vmap(lambda x: pf.jacobian(torch.sin, x).dense())(point(4, 3))
+
+
+def test_gradients_of_torch_func_around_it():
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(x * x.sum())
+
+    for loss in (
+        lambda x: pf.jacobian(f, x).fro_norm(),
+        lambda x: (pf.jacobian(f, x) @ x.detach()).square().sum(),
+    ):
+        x = point(3).requires_grad_()
+        (expected,) = torch.autograd.grad(loss(x), x)
+        torch.testing.assert_close(torch.func.grad(loss)(point(3)), expected)
+
+
+def test_arguments_of_another_kind():
+    with pytest.raises(InputError, match="positive finite number, got 'a'"):
+        pf.noise_response(torch.sin, point(3), "a")
+    with pytest.raises(InputError, match="seed expects a whole number, got 'a'"):
+        pf.noise_response(torch.sin, point(3), 0.1, seed="a")
+    with pytest.raises(InputError, match="names of modules or globs, got 3"):
+        pf.path_bound(normed(), point(2, 4), layers=3)

@@ -76,7 +76,8 @@ def checked_layers(model: nn.Module, layers: str | Sequence[str] | None) -> tupl
     """Return the patterns, each of which names at least one module."""
     if layers is None:
         return None
-    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    several = isinstance(layers, Sequence) and not isinstance(layers, str)
+    patterns = tuple(layers) if several else (layers,)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise InputError(
             f"layers expects names of modules or globs, got {layers!r}; None takes every leaf"
