@@ -262,3 +262,43 @@ def test_tutorial_draws_its_pictures(tutorial: tuple[dict[str, Any], str, Path])
     _, _, folder = tutorial
     assert {path.name for path in folder.iterdir()} == {"waterfall.png", "loss.png"}
     assert all((DOCS / "tutorial" / path.name).exists() for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def newton(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """The same for the tutorial on Newton's method."""
+    folder = tmp_path_factory.mktemp("newton")
+    script = runpy.run_path(str(DOCS / "tutorial" / "newton.py"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        found = script["main"](folder)
+    return found, printed.getvalue(), folder
+
+
+def test_newton_converges_quadratically_to_the_dense_solution(
+    newton: tuple[dict[str, Any], str, Path],
+):
+    found, _, _ = newton
+    assert found["entries"] == 5 * 32**2 - 4 * 32
+    assert found["residuals"][-1] < 1e-10
+    assert found["difference"] < 1e-10
+    assert 0.5 < found["quotients"][-1] / found["quotients"][-2] < 2
+    assert max(found["quotients"]) < 0.2
+
+
+def test_newton_takes_as_many_passes_as_a_row_has_entries(
+    newton: tuple[dict[str, Any], str, Path],
+):
+    found, _, _ = newton
+    assert found["plan"].passes == 5
+
+
+def test_newton_prints_what_its_page_shows(newton: tuple[dict[str, Any], str, Path]):
+    """Words are the same; sizes and counts too, residuals to within their rounding."""
+    _, printed, folder = newton
+    shown = (DOCS / "tutorial" / "newton.txt").read_text(encoding="utf-8")
+    assert lines(NUMBER.sub("0", printed)) == lines(NUMBER.sub("0", shown))
+    ours, theirs = (torch.tensor([float(n) for n in NUMBER.findall(t)]) for t in (printed, shown))
+    torch.testing.assert_close(ours, theirs, rtol=0.1, atol=1e-6)
+    assert {path.name for path in folder.iterdir()} == {"newton.png"}
+    assert (DOCS / "tutorial" / "newton.png").exists()

@@ -321,6 +321,15 @@ class Arguments:
             )
         return Arguments(args, chosen, domain, tuple(values))
 
+    @cached_property
+    def others(self) -> tuple[Tensor, ...]:
+        """The tensors among all arguments that are not differentiated."""
+        chosen = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+        rest = [arg for i, arg in enumerate(self.args) if i not in chosen]
+        own = [v for v, leaf in zip(self.leaves, self.domain.leaves, strict=True) if not leaf.differentiable]
+        leaves = [*Structure.of(rest)[0], *own]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
     def substitute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Return all arguments with the chosen ones rebuilt from ``leaves``, the rest copied."""
         picked = self.domain.structure.rebuild(leaves)

@@ -40,7 +40,7 @@ def check_batching(problem: Problem) -> tuple[str, ...]:
         together = linear.pull(torch.cat(cotangents))
         apart = torch.cat([linear.pull(u) for u in cotangents])
     scale = apart.abs().nan_to_num(posinf=0.0, neginf=0.0).amax()
-    if not linear.batched or _agree(together, apart, scale):
+    if not linear.batched or agree(together, apart, scale):
         return ()
     linear.batched = False
     return ("vmap of the backward gives wrong numbers here: cotangents go one by one",)
@@ -128,7 +128,7 @@ def why_not_forward(problem: Problem) -> str | None:
     if linear.by_rows:
         return "no second derivative, so that J v is made of rows"
     scale = _inner(u.abs(), pushed.nan_to_num().abs())
-    if not _agree(_inner(u, pushed), _inner(pulled, v), scale):
+    if not agree(_inner(u, pushed), _inner(pulled, v), scale):
         ops = ", ".join(op_name(name) for name in sorted(linear.tape.census.custom))
         return f"J v and J^T u disagree; the backward of {ops or 'an op'} is not a linear graph"
     return None
@@ -138,6 +138,12 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() * b.double()).sum(-1)
 
 
-def _agree(one: Tensor, other: Tensor, scale: Tensor) -> bool:
+def agree(one: Tensor, other: Tensor, scale: Tensor, strict: bool = False) -> bool:
+    """Whether two ways to the same numbers differ by no more than rounding does.
+
+    ``strict`` takes double precision at its word.
+    """
     tolerance = 1e-2 if one.dtype.itemsize < 4 else 1e-3
+    if strict and one.dtype.itemsize == 8:
+        tolerance = 1e-7
     return bool(((one - other).abs() <= tolerance * scale)[torch.isfinite(other)].all())

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pushforward.boundary import Arguments
+from pushforward.building import Map, build, verify
+from pushforward.circumstances import Circumstances
 from pushforward.errors import InputError, PlanError
 from pushforward.jacobians import Jacobian
+from pushforward.memory import cached_plan, store_plan
 from pushforward.meter import Cost, measure
 from pushforward.passes import Linearization
-from pushforward.planning import Recipe, cached_recipe, check_again, choose, store_recipe
+from pushforward.planning import check_again, choose, due, plain_again
 from pushforward.plans import Plan
 from pushforward.problems import Problem, check_memory, check_quantity
-from pushforward.tape import Tape, record, record_gradient
+from pushforward.strategies import PLAIN
+from pushforward.structure.detection import NOTHING, Detector, Structure, merged
+from pushforward.tape import Tape
 
 
 def jacobian(
@@ -136,25 +141,131 @@ def _at(
         raise InputError(f"expected a function or module to differentiate, got {type(f).__name__}")
     check_memory(memory)
     arguments = Arguments.of(args, argnums, batch_dim)
-    linear, recorded = _linearise(f, arguments, batch_dim, quantity, memory)
     if isinstance(wanted, Plan):
         _refuse_other_terms(wanted, arguments.argnums, memory)
-        return _follow(replace(wanted, function=f), linear, quantity)
-    problem = Problem(linear, quantity, memory, recorded)
-    recipe = _recipe(problem, f, wanted, arguments)
-    made = Plan(
-        f,
-        arguments.argnums,
-        batch_dim,
-        quantity,
-        memory,
-        arguments.domain,
-        linear.tape.codomain,
-        recipe,
-        linear.tape.mode,
-        _replan,
+        return _follow(replace(wanted, function=f), arguments, quantity)
+    request = _Request(Map(f, batch_dim, quantity), arguments, wanted, memory)
+    return _remembered(request) or _anew(request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a call asks for."""
+
+    map: Map
+    arguments: Arguments
+    wanted: str
+    memory: int | None
+
+    @property
+    def key(self) -> Any:
+        """What plans are remembered by, for one function."""
+        return (
+            self.wanted,
+            self.map.quantity,
+            self.map.batch_dim,
+            self.memory,
+            self.arguments.argnums,
+            self.arguments.domain.signature,
+        )
+
+
+def _remembered(request: _Request) -> Jacobian | None:
+    """A Jacobian by the plan made earlier, where it still holds."""
+    plan = cached_plan(request.map.function, request.key)
+    if plan is None or not _holds(plan, request.arguments):
+        return None
+    return _by(plan, request.arguments)
+
+
+def _holds(plan: Plan, arguments: Arguments) -> bool:
+    circumstances = plan.recipe.circumstances
+    return circumstances is not None and circumstances.hold(plan.function, arguments.others)
+
+
+def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
+    """Follow a plan: at once by its program, else with a tape that is still like the planned one."""
+    if plan.recipe.evaluation is not None:
+        return _by_program(plan, arguments)
+    linear = plan.linearise(arguments)
+    if _misfits(plan, linear.tape):
+        return None
+    check_again(Problem(linear, plan.quantity, plan.memory, None), plan.recipe)
+    return Jacobian(plan, arguments, linear)
+
+
+def _by_program(plan: Plan, arguments: Arguments) -> Jacobian | None:
+    """A lazy Jacobian; verified now and then, and given up where its values have changed."""
+    made = Jacobian(plan, arguments, None)
+    if due(plan.recipe) and verify(plan.map, arguments, plan.recipe, once=True) is not None:
+        return None
+    return made
+
+
+def _misfits(plan: Plan, tape: Tape) -> bool:
+    return (
+        plan.codomain.signature != tape.codomain.signature
+        or plan.mode != tape.mode
+        or plan.recipe.ops != tape.census.ops
     )
-    return _jacobian(linear, made)
+
+
+def _anew(request: _Request) -> Jacobian:
+    """Record the map, look at its structure, plan, verify and remember."""
+    arguments, mapping = request.arguments, request.map
+    detector = Detector() if request.wanted not in PLAIN else None
+    tape, recorded = _recorded(request, detector)
+    linear = Linearization(tape)
+    structure = NOTHING if detector is None else _structure(request, detector, tape)
+    problem = Problem(linear, mapping.quantity, request.memory, recorded, structure)
+    recipe = replace(
+        choose(problem, request.wanted),
+        ops=tape.census.ops,
+        circumstances=Circumstances.of(
+            mapping.function, structure.guards, arguments.others, tape.loan.original
+        ),
+    )
+    recipe = build(mapping, arguments, recipe, request.memory)
+    wrong = verify(mapping, arguments, recipe)
+    if wrong is not None:
+        recipe = plain_again(problem, replace(recipe, evaluation=None), wrong)
+    plan = _plan(request, tape, recipe)
+    store_plan(mapping.function, request.key, plan)
+    linear.batched = linear.batched and recipe.batched
+    return Jacobian(plan, arguments, linear)
+
+
+def _recorded(request: _Request, detector: Detector | None) -> tuple[Tape, Cost | None]:
+    if request.memory is None:
+        return request.map.tape(request.arguments, watch=detector), None
+    return measure(lambda: request.map.tape(request.arguments, watch=detector))
+
+
+def _structure(request: _Request, detector: Detector, tape: Tape) -> Structure:
+    """What was seen of the structure; followed more finely where that promises something."""
+    first = detector.structure(tape.outputs, tape.domain, tape.codomain)
+    if not detector.promises(tape.outputs, tape.codomain):
+        return first
+    finer = Detector(fine=True)
+    again = request.map.tape(request.arguments, state=tape.state, watch=finer)
+    return merged(first, finer.structure(again.outputs, again.domain, again.codomain))
+
+
+def _plan(request: _Request, tape: Tape, recipe: Recipe) -> Plan:
+    mapping, arguments = request.map, request.arguments
+    return Plan(
+        mapping.function,
+        arguments.argnums,
+        mapping.batch_dim,
+        mapping.quantity,
+        request.memory,
+        arguments.domain,
+        tape.codomain,
+        recipe,
+        tape.mode,
+        _replan,
+        request.wanted,
+    )
 
 
 def _refuse_other_terms(plan: Plan, argnums: int | tuple[int, ...], memory: int | None) -> None:
@@ -168,70 +279,25 @@ def _refuse_other_terms(plan: Plan, argnums: int | tuple[int, ...], memory: int 
         )
 
 
-def _linearise(
-    f: Callable[..., Any],
-    arguments: Arguments,
-    batch_dim: int | None,
-    quantity: str,
-    memory: int | None,
-) -> tuple[Linearization, Cost | None]:
-    make: Callable[..., Tape] = record_gradient if quantity == "hessian" else record
-    if memory is None:
-        return Linearization(make(f, arguments, batch_dim)), None
-    tape, cost = measure(lambda: make(f, arguments, batch_dim))
-    return Linearization(tape), cost
-
-
-def _recipe(problem: Problem, f: Callable[..., Any], wanted: str, arguments: Arguments) -> Recipe:
-    key = (
-        wanted,
-        problem.quantity,
-        problem.memory,
-        arguments.argnums,
-        arguments.domain.signature,
-        problem.linear.tape.codomain.signature,
-        problem.linear.tape.census.ops,
-        problem.linear.tape.mode,
-    )
-    recipe = cached_recipe(f, key)
-    if recipe is None:
-        recipe = choose(problem, wanted)
-        store_recipe(f, key, recipe)
-    else:
-        check_again(problem, recipe)
-    return recipe
-
-
-def _jacobian(linear: Linearization, plan: Plan) -> Jacobian:
-    linear.batched = linear.batched and plan.recipe.batched
-    return Jacobian(linear, plan)
-
-
 def _replan(plan: Plan, args: tuple[Any, ...]) -> Jacobian:
-    arguments = Arguments.of(args, plan.argnums, plan.batch_dim)
-    linear, _ = _linearise(plan.function, arguments, plan.batch_dim, plan.quantity, plan.memory)
-    return _follow(plan, linear, plan.quantity)
+    return _follow(plan, Arguments.of(args, plan.argnums, plan.batch_dim), plan.quantity)
 
 
-def _follow(plan: Plan, linear: Linearization, quantity: str) -> Jacobian:
-    """Use a plan where it still holds."""
-    tape = linear.tape
-    for what, planned, came in (
-        ("quantity", plan.quantity, quantity),
-        ("input", plan.domain.signature, tape.domain.signature),
-        ("output", plan.codomain.signature, tape.codomain.signature),
-        ("training mode", plan.mode, tape.mode),
-    ):
-        if planned != came:
-            raise PlanError(_misfit(what, plan, tape, quantity))
-    check_again(Problem(linear, quantity, plan.memory, None), plan.recipe)
-    return _jacobian(linear, plan)
+def _follow(plan: Plan, arguments: Arguments, quantity: str) -> Jacobian:
+    """Use a plan where it still holds, and make it anew where it does not."""
+    if plan.quantity != quantity:
+        raise PlanError(_misfit("quantity", plan.quantity, quantity))
+    if plan.domain.signature != arguments.domain.signature:
+        raise PlanError(_misfit("input", plan.domain.describe(), arguments.domain.describe()))
+    found = _by(plan, arguments) if _holds(plan, arguments) else None
+    if found is not None:
+        return found
+    made = _anew(_Request(plan.map, arguments, plan.wanted, plan.memory))
+    if plan.codomain.signature != made.plan.codomain.signature:
+        came = made.plan.codomain.describe()
+        raise PlanError(_misfit("output", plan.codomain.describe(), came))
+    return made
 
 
-def _misfit(what: str, plan: Plan, tape: Tape, quantity: str) -> str:
-    planned, came = {
-        "quantity": (plan.quantity, quantity),
-        "input": (plan.domain.describe(), tape.domain.describe()),
-        "output": (plan.codomain.describe(), tape.codomain.describe()),
-    }.get(what, ("that of the time of planning", "another"))
+def _misfit(what: str, planned: str, came: str) -> str:
     return f"the plan expects the {what} {planned}, got {came}; make a plan for these arguments"

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pushforward import linalg
-from pushforward.boundary import Layout
+from pushforward.boundary import Arguments, Layout
+from pushforward.compressed import Compressed
 from pushforward.errors import (
     DifferentiationError,
     InputError,
@@ -21,7 +22,7 @@ from pushforward.errors import (
 from pushforward.operators import LinearOperator, scipy_sparse
 from pushforward.passes import Linearization
 from pushforward.planning import blocks
-from pushforward.plans import Plan, function_name
+from pushforward.plans import Plan, function_name, versions
 
 # Entries beyond this many bytes are not kept for the next question about the same Jacobian.
 _KEEP_BYTES = 1 << 28
@@ -32,33 +33,53 @@ _WORK_BYTES = 128
 class Jacobian(LinearOperator):
     """The Jacobian of a map at a point: lazy, exact, a linear operator.
 
-    Made by `jacobian` and by calling a `Plan`. The map is evaluated when it is made; entries are
-    computed when they are asked for. With ``batch_dim=0`` every result is per sample, batch first.
+    Made by `jacobian` and by calling a `Plan`. Entries are computed when they are asked for: by the
+    program of the plan, where it has one, else through the tape of an evaluation. With ``batch_dim=0`` every result is per sample, batch first.
 
     Attributes:
-        value: ``f(*args)``.
         shape: ``(m, n)``, output scalars by input scalars (of one sample). A complex scalar counts
             as two real ones, real part first: J is made of real 2 x 2 blocks.
         batch: the number of samples, or None.
         plan: the `Plan` that is followed.
     """
 
-    def __init__(self, linear: Linearization, plan: Plan) -> None:
-        domain, codomain = linear.tape.domain, linear.tape.codomain
-        self.shape = (codomain.size, domain.size)
-        self.dtype, self.device, self.batch = domain.dtype, domain.device, domain.batch
+    def __init__(self, plan: Plan, arguments: Arguments, linear: Linearization | None) -> None:
+        self.shape = (plan.codomain.size, plan.domain.size)
+        self.dtype, self.device, self.batch = plan.dtype, plan.device, plan.domain.batch
         self.plan = plan
-        self.value: Any = linear.tape.value
-        self._linear = linear
+        self._arguments = arguments
+        self._made = linear
+        self._versions = versions(arguments)
         self._kept: Tensor | None = None
+        self._parts: Sequence[Tensor] | None = None
+
+    @property
+    def value(self) -> Any:
+        """``f(*args)``."""
+        return self._linear.tape.value
+
+    @property
+    def _linear(self) -> Linearization:
+        """The tape, made when something asks for it."""
+        if self._made is None:
+            self._refuse_changed()
+            self._made = self.plan.linearise(self._arguments)
+        return self._made
+
+    def _refuse_changed(self) -> None:
+        if versions(self._arguments) != self._versions:
+            raise DifferentiationError(
+                "expected the inputs that this Jacobian was taken at, but they were changed in "
+                "place since then; call pf.jacobian again after such a step"
+            )
 
     @property
     def _domain(self) -> Layout:
-        return self._linear.tape.domain
+        return self.plan.domain
 
     @property
     def _codomain(self) -> Layout:
-        return self._linear.tape.codomain
+        return self.plan.codomain
 
     def explain(self) -> str:
         """The plan as a table."""
@@ -164,6 +185,13 @@ class Jacobian(LinearOperator):
             return self._kept.clone()
         return self._assemble()
 
+    def _planned(self) -> Sequence[Tensor]:
+        """What the scheme of the plan gives: values in the order of the pattern, or two factors."""
+        if self._parts is None or any(t.requires_grad for t in self._parts):
+            self._refuse_changed()
+            self._parts = self.plan.entries(self._arguments, self._made)
+        return self._parts
+
     def _entries(self) -> Tensor:
         """`matrix` for the use of the methods here, kept while it is small and has no graph.
 
@@ -183,6 +211,9 @@ class Jacobian(LinearOperator):
 
     def _assemble(self) -> Tensor:
         self._require_room()
+        scheme = self.plan.scheme
+        if scheme is not None:
+            return self._symmetrised(scheme.matrix(*self._planned()))
         axis = -1 if self._by_columns() else -2
         ranges = self._ranges()
         if len(ranges) == 0:
@@ -259,6 +290,9 @@ class Jacobian(LinearOperator):
                 "sparse expects one map, got batch_dim=0; use batch_dim=None for the "
                 "block-diagonal matrix of the batch, or matrix() for one dense matrix a sample"
             )
+        compressed = self.plan.compressed
+        if compressed is not None:
+            return _in_layout(compressed, self._planned()[0], layout)
         sparse = self._coo()
         if layout == "coo":
             return sparse
@@ -288,6 +322,8 @@ class Jacobian(LinearOperator):
             DimensionError: m and n differ.
         """
         self._require_square("diagonal")
+        if self.plan.scheme is not None:
+            return self._planned_diagonal()
 
         def part(start: int, strip: Tensor) -> Tensor:
             return strip[..., start : start + len(strip)].diagonal(dim1=0, dim2=-1)
@@ -295,11 +331,26 @@ class Jacobian(LinearOperator):
         parts = self._strips(part)
         return torch.cat(parts, dim=-1) if parts else self._empty().diagonal(dim1=-2, dim2=-1)
 
+    def _planned_diagonal(self) -> Tensor:
+        """The diagonal out of what the plan gives, or by a cheaper plan of its own."""
+        if self._parts is None and self.plan.compressed is not None:
+            cheaper = self.plan.for_diagonal(self._arguments, self._linear_at_hand())
+            if cheaper is not None:
+                return cheaper
+        scheme = self.plan.scheme
+        assert scheme is not None
+        return scheme.diagonal(*self._planned())
+
+    def _linear_at_hand(self) -> Linearization | None:
+        return self._made
+
     def fro_norm(self) -> Tensor:
         """||J||_F, the root of the sum of the squared entries, ([B,]).
 
         Strip by strip, so that it needs no room for all entries at once.
         """
+        if self.plan.compressed is not None and self.plan.entries_are_all:
+            return linalg.fro_norm(self._planned()[0].unsqueeze(-2))
         if self.plan.memory is None and self._bytes() <= _KEEP_BYTES:
             return linalg.fro_norm(self._entries())
         if 0 in self.shape:
@@ -359,6 +410,33 @@ def _vector_message(vector: Any, side: Layout, expectation: str) -> str:
         f"{expectation} like {side.describe()}, or ({lead}{side.size}), or a block "
         f"({lead}{side.size}, k), got {came}"
     )
+
+
+def _in_layout(compressed: Compressed, values: Tensor, layout: str) -> Any:
+    """Entries in CSR order as a sparse matrix; the order is that of the pattern already."""
+    shape = compressed.pattern.shape
+    if layout == "scipy":
+        parts = (values.detach().cpu().numpy(), compressed.pattern.indices, compressed.pattern.indptr)
+        return scipy_sparse().csr_array(parts, shape=shape)
+    if layout == "csr":
+        return csr(compressed.starts, compressed.columns, values, shape)
+    return torch.sparse_coo_tensor(
+        compressed.coordinates, values, shape, check_invariants=False, is_coalesced=True
+    )
+
+
+_WARNED: list[bool] = []
+
+
+def csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A CSR tensor; torch says once in a process that these are in beta, and is not heard."""
+    if _WARNED:
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        made = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    _WARNED.append(True)
+    return made
 
 
 def _to_csr(sparse: Tensor) -> Tensor:

@@ -50,9 +50,7 @@ class _Meter(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._known.add(_storage_key(tensor))
         result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=result))
+        self.flops += flops_of(func, args, kwargs, result)
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
@@ -72,6 +70,12 @@ class _Meter(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.held -= size
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """The floating-point operations of a product of matrices or a convolution; 0 for other ops."""
+    count = flop_registry.get(func._overloadpacket)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
 def _storage_key(tensor: Tensor) -> int:

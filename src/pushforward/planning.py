@@ -1,17 +1,18 @@
-"""The choice: ask the strategies, take the cheapest, size its chunks, remember it."""
+"""The choice: ask the strategies, take the cheapest, verify it, size its chunks, remember it."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
 
 from pushforward.checks import check_batching, check_samples, why_not_forward
+from pushforward.circumstances import Circumstances
 from pushforward.errors import MemoryBudgetError, PlanError
+from pushforward.evaluations import Evaluation
 from pushforward.problems import Problem
-from pushforward.strategies import STRATEGIES, Candidate
+from pushforward.strategies import PLAIN, STRATEGIES, WORTHWHILE, Candidate
+from pushforward.structure.detection import NOTHING, Structure
 
 # Ops that, whatever constants they hold, leave samples apart where they did before.
 _KEEPING = (
@@ -22,21 +23,34 @@ _KEEPING = (
     " Select Cat Stack"
 )
 _KEEPS_APART = frozenset(f"{op}Backward{i}" for op in _KEEPING.split() for i in range(5))
-# How many plans are remembered for one function: one for each signature.
-_REMEMBERED = 32
 # What one chunk of passes may hold when no budget is given: large enough to keep the cores busy.
 _DEFAULT_CHUNK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A choice, free of the function it was made for."""
+    """A choice, free of the function it was made for.
+
+    Attributes:
+        candidate: the strategy and its scheme; ``chunk`` passes go together.
+        rejected: the other strategies, and why they were not taken.
+        notes: what was checked, and what was found doing so.
+        batched: whether several vectors go through one backward pass.
+        structure: what is known of the Jacobian.
+        circumstances: what all this relies on; None where only the tape was looked at.
+        evaluation: the flat program of the entries, where there is one.
+        ops: the nodes of the graph that was planned for.
+    """
 
     candidate: Candidate
     chunk: int
     rejected: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     batched: bool
+    structure: Structure = NOTHING
+    circumstances: Circumstances | None = None
+    evaluation: Evaluation | None = None
+    ops: frozenset[str] = frozenset()
     uses: Iterator[int] = field(default_factory=lambda: count(1), compare=False, repr=False)
 
 
@@ -51,10 +65,37 @@ def choose(problem: Problem, wanted: str) -> Recipe:
             f"expected a strategy that applies to this map, got {wanted!r} ({reasons}); "
             'use plan="auto", or "loop", which always applies'
         )
-    best = min(candidates, key=lambda candidate: candidate.work)
+    best = _best(candidates)
     rejected = [(name, _why_rejected(c, best)) for name, c in asked.items() if c is not best]
     batched = problem.linear.batched and best.strategy != "loop"
-    return Recipe(best, chunk_size(problem, best), tuple(rejected), notes, batched)
+    chunk = chunk_size(problem, best)
+    return Recipe(best, chunk, tuple(rejected), notes, batched, problem.structure)
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """The cheapest; a plain route unless another is cheaper by more than a little."""
+    best = min(candidates, key=lambda candidate: candidate.work)
+    plain = [c for c in candidates if c.strategy in PLAIN]
+    if best.strategy in PLAIN or not plain:
+        return best
+    simple = min(plain, key=lambda candidate: candidate.work)
+    gain = simple.work > WORTHWHILE * best.work
+    return best if gain or best.passes < simple.passes and simple.passes <= 3 else simple
+
+
+def plain_again(problem: Problem, recipe: Recipe, why: str) -> Recipe:
+    """The plain route, where what was planned turned out to be wrong."""
+    plain = [STRATEGIES[name](problem) for name in PLAIN]
+    best = min((c for c in plain if isinstance(c, Candidate)), key=lambda c: c.work)
+    return replace(
+        recipe,
+        candidate=best,
+        chunk=chunk_size(problem, best),
+        rejected=((recipe.candidate.strategy, why), *recipe.rejected),
+        notes=(*recipe.notes, why),
+        batched=problem.linear.batched and best.strategy != "loop",
+        structure=replace(problem.structure, pattern=None, note=why),
+    )
 
 
 def check_again(problem: Problem, recipe: Recipe) -> None:
@@ -65,11 +106,15 @@ def check_again(problem: Problem, recipe: Recipe) -> None:
     Raises:
         CouplingError: samples influence each other at this point.
     """
-    use = next(recipe.uses)
     census = problem.linear.tape.census
-    due = use & (use - 1) == 0 and use.bit_length() % 2 == 1
-    if due or census.custom or not census.ops <= _KEEPS_APART:
+    if due(recipe) or census.custom or not census.ops <= _KEEPS_APART:
         check_samples(problem)
+
+
+def due(recipe: Recipe) -> bool:
+    """Whether this use of a plan is one at which it is verified again."""
+    use = next(recipe.uses)
+    return use & (use - 1) == 0 and use.bit_length() % 2 == 1
 
 
 def _asked(problem: Problem, wanted: str) -> dict[str, Candidate | str]:
@@ -97,7 +142,7 @@ def chunk_size(problem: Problem, candidate: Candidate) -> int:
     passes = max(candidate.passes, 1)
     if problem.is_small:
         return passes
-    cost = problem.push_cost if candidate.strategy == "forward" else problem.pull_cost
+    cost = problem.push_cost if candidate.jvps > candidate.vjps else problem.pull_cost
     side = problem.m + problem.n
     one = cost.peak + side * problem.samples * problem.linear.tape.domain.dtype.itemsize
     if problem.memory is None:
@@ -116,25 +161,3 @@ def chunk_size(problem: Problem, candidate: Candidate) -> int:
 def blocks(passes: int, chunk: int) -> Sequence[tuple[int, int]]:
     """Cut ``passes`` into ranges of at most ``chunk``."""
     return [(start, min(start + chunk, passes)) for start in range(0, passes, max(chunk, 1))]
-
-
-_CACHE: MutableMapping[Any, dict[Any, Recipe]] = weakref.WeakKeyDictionary()
-
-
-def cached_recipe(function: Callable[..., Any], key: Any) -> Recipe | None:
-    """The recipe made earlier for the same function under the same circumstances."""
-    try:
-        return _CACHE.get(function, {}).get(key)
-    except TypeError:  # not hashable, or no weak references
-        return None
-
-
-def store_recipe(function: Callable[..., Any], key: Any, recipe: Recipe) -> None:
-    """Remember a recipe for as long as the function lives."""
-    try:
-        recipes = _CACHE.setdefault(function, {})
-        if len(recipes) >= _REMEMBERED:
-            del recipes[next(iter(recipes))]
-        recipes[key] = recipe
-    except TypeError:
-        return

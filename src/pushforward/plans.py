@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from typing import Any
 
-from pushforward.boundary import Layout
+import torch
+from torch import Tensor
+
+from pushforward.boundary import Arguments, Layout
+from pushforward.building import Map, evaluate
+from pushforward.compressed import Compressed
+from pushforward.factors import Split
+from pushforward.passes import Linearization
+from pushforward.pattern import Pattern
 from pushforward.planning import Recipe
 
 
@@ -15,14 +24,15 @@ from pushforward.planning import Recipe
 class Plan:
     """How a quantity of one map is computed: made once, used at any point of the same shapes.
 
-    Call it with other arguments to get the Jacobian there without planning again.
+    Call it with other arguments to get the Jacobian there without planning again. A plan that does
+    not hold any more (another branch, another mask, another mode) is made anew, never used.
 
     Attributes:
         strategy: the name of the strategy that was chosen.
         passes: the AD passes that one evaluation makes; ``jvps`` and ``vjps`` are its parts. For a
             Hessian, Hessian-vector products.
         chunk: how many of them run together.
-        pattern, nnz: None, where no sparsity was detected.
+        pattern, nnz: where entries may be nonzero; None, where nothing was detected.
         rejected: the other strategies, and why they were not taken.
     """
 
@@ -36,6 +46,7 @@ class Plan:
     recipe: Recipe
     mode: tuple[bool, ...]
     make: Callable[..., Any]
+    wanted: str = "auto"
 
     @property
     def strategy(self) -> str:
@@ -62,18 +73,60 @@ class Plan:
         return self.recipe.rejected
 
     @property
-    def pattern(self) -> None:
-        return None
+    def pattern(self) -> Pattern | None:
+        return self.recipe.structure.pattern
 
     @property
-    def nnz(self) -> None:
+    def nnz(self) -> int | None:
+        return None if self.pattern is None else self.pattern.nnz
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the entries."""
+        return self.domain.dtype
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where entries are computed."""
+        return self.domain.device
+
+    @property
+    def scheme(self) -> Compressed | Split | None:
+        """How entries are found, where they are not simply rows or columns."""
+        return self.recipe.candidate.scheme if self.entries_are_all else None
+
+    @property
+    def compressed(self) -> Compressed | None:
+        """The scheme, where it is a coloured pattern of all entries."""
+        return self.recipe.candidate.compressed if self.entries_are_all else None
+
+    @property
+    def entries_are_all(self) -> bool:
+        """Whether the scheme finds every entry, and not the diagonal alone."""
+        return self.strategy != "diagonal"
+
+    @property
+    def map(self) -> Map:
+        """The map, as it is recorded."""
+        return Map(self.function, self.batch_dim, self.quantity)
+
+    def linearise(self, arguments: Arguments) -> Linearization:
+        """The tape at some arguments, in the way that the plan goes."""
+        return Linearization(self.map.tape(arguments), self.recipe.batched)
+
+    def entries(self, arguments: Arguments, linear: Linearization | None) -> Sequence[Tensor]:
+        """What the scheme gives at some arguments: values in order, or two factors."""
+        return evaluate(self.map, arguments, self.recipe, linear)
+
+    def for_diagonal(self, arguments: Arguments, linear: Linearization | None) -> Tensor | None:
+        """The diagonal with fewer passes than all entries take; None where there is no such way."""
         return None
 
     def __call__(self, *args: Any) -> Any:
         """The Jacobian at other arguments of the same shapes and dtypes.
 
         Raises:
-            PlanError: the arguments, or the training mode, are not those of the plan.
+            PlanError: the arguments are not those of the plan.
         """
         return self.make(self, args)
 
@@ -102,7 +155,7 @@ class Plan:
             ("input", self.domain.describe()),
             ("output", self.codomain.describe()),
             ("strategy", f"{self.strategy}: {self._passes()}"),
-            ("pattern", "not detected: every entry is computed"),
+            ("pattern", self._pattern()),
         ]
         cost = self.recipe.candidate.cost
         if cost is not None:
@@ -113,6 +166,14 @@ class Plan:
         lines += [("rejected", f"{name}: {why}") for name, why in self.rejected]
         lines += [("checked", note) for note in self.recipe.notes]
         return lines
+
+    def _pattern(self) -> str:
+        structure = self.recipe.structure
+        if structure.pattern is None:
+            return f"not detected: {structure.note or 'every entry is computed'}"
+        found = structure.pattern
+        text = f"{found.nnz} of {found.shape[0]} x {found.shape[1]} entries, {found.density:.3g} full"
+        return f"{text}; tiers: {', '.join(structure.tiers)}"
 
     def _passes(self) -> str:
         what = "Hessian-vector products" if self.quantity == "hessian" else "passes"
@@ -127,6 +188,13 @@ class Plan:
             if self.strategy != "loop"
             else f"{count}, one by one"
         )
+
+
+def versions(arguments: Arguments) -> tuple[int, ...]:
+    """How often each differentiated argument was written to."""
+    return tuple(
+        leaf._version for leaf in arguments.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()
+    )
 
 
 def function_name(function: Callable[..., Any]) -> str:

@@ -14,8 +14,9 @@ from pushforward.boundary import Layout
 from pushforward.errors import InputError
 from pushforward.meter import Cost, measure
 from pushforward.passes import Linearization, random_vectors
+from pushforward.structure.detection import NOTHING, Structure
 
-QUANTITIES = ("jacobian", "hessian")
+QUANTITIES = ("jacobian", "hessian", "diagonal")
 
 # Below this many entries the choice of a mode cannot matter as much as measuring it would cost.
 _SMALL = 1 << 14
@@ -23,12 +24,13 @@ _SMALL = 1 << 14
 
 @dataclass(frozen=True)
 class Problem:
-    """What there is to plan: a recorded map, the quantity wanted, and the budget."""
+    """What there is to plan: a recorded map, the quantity wanted, the budget and the structure."""
 
     linear: Linearization
     quantity: str
     memory: int | None
     recorded: Cost | None
+    structure: Structure = NOTHING
 
     @property
     def m(self) -> int:

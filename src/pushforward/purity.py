@@ -47,13 +47,13 @@ def replayed(state: RandomState | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def borrowed_buffers(function: Callable[..., Any]) -> Iterator[list[nn.Module]]:
+def borrowed_buffers(function: Callable[..., Any]) -> Iterator[Loan]:
     """Give each module that a function runs copies of its buffers for a while.
 
     Copies rather than a restore afterwards: writing a buffer back would raise its version counter
-    and break every graph that saved it. Yields the modules, as they are met.
+    and break every graph that saved it. Yields the loan.
     """
-    loan = _Loan()
+    loan = Loan()
     owner = _module_of(function)
     handle = None
     if owner is None:
@@ -61,7 +61,7 @@ def borrowed_buffers(function: Callable[..., Any]) -> Iterator[list[nn.Module]]:
     else:
         loan.take(owner)
     try:
-        yield loan.modules
+        yield loan
     finally:
         if handle is not None:
             handle.remove()
@@ -76,8 +76,12 @@ def _module_of(function: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-class _Loan:
-    """Which modules work on copies of their buffers now."""
+class Loan:
+    """Which modules work on copies of their buffers now.
+
+    Attributes:
+        modules: the modules that were run, in the order in which they were met.
+    """
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
@@ -85,6 +89,7 @@ class _Loan:
         self._met: set[int] = set()
         self._originals: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         self._copies: dict[int, Tensor] = {}
+        self._by_copy: dict[int, Tensor] = {}
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def hook(self, module: nn.Module, _: Any) -> None:
@@ -114,7 +119,12 @@ class _Loan:
             if buffer is not None:
                 if id(buffer) not in self._copies:
                     self._copies[id(buffer)] = buffer.clone()
+                    self._by_copy[id(self._copies[id(buffer)])] = buffer
                 module._buffers[name] = self._copies[id(buffer)]
+
+    def original(self, tensor: Tensor) -> Tensor:
+        """The buffer that a tensor is the copy of, or else the tensor."""
+        return self._by_copy.get(id(tensor), tensor)
 
     def give_back(self) -> None:
         for module, buffers in self._originals:
@@ -193,19 +203,42 @@ def quiet_vmap() -> Iterator[None]:
 @contextmanager
 def untouched(
     function: Callable[..., Any], state: RandomState | None = None
-) -> Iterator[list[nn.Module]]:
+) -> Iterator[Loan]:
     """Run a user's function so that nothing of it is visible afterwards, and so that it can be
-    differentiated. Yields the modules that it runs, as they are met.
+    differentiated. Yields the loan of its buffers, which knows the modules that it runs.
 
     Attention runs by the kernel that has all its derivatives; the fused ones lack the second.
     """
-    with one_at_a_time(), recording(), borrowed_buffers(function) as modules:
+    with one_at_a_time(), recording(), borrowed_buffers(function) as loan:
         before, kernels = RandomState.now(), _attention_switches()
         _switch_attention(flash=False, efficient=False, cudnn=False, math=True)
         if state is not None:
             state.restore()
         try:
-            yield modules
+            yield loan
         finally:
             _switch_attention(*kernels)
             before.restore()
+
+
+@contextmanager
+def custom_functions(seen: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Tell of every call of a custom ``autograd.Function``: its arguments and its results.
+
+    Its ops run where gradients are off, so that nothing else says that it was called.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+    thread = threading.get_ident()
+
+    def told(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original.__get__(None, cls)(*args, **kwargs)
+        if threading.get_ident() == thread:
+            seen((args, kwargs), result)
+        return result
+
+    with one_at_a_time():
+        torch.autograd.Function.apply = classmethod(told)
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = original

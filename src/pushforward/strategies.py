@@ -7,31 +7,59 @@ apply. All stand in `STRATEGIES`; the cheapest candidate wins.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from pushforward.checks import why_not_forward
+from pushforward.coloring import Coloring, acyclic, by_both, by_columns, by_rows, diagonal, star
+from pushforward.coloring.scheme import read_columns, read_rows
+from pushforward.compressed import Compressed
+from pushforward.factors import Split
 from pushforward.meter import Cost
+from pushforward.pattern import Pattern
 from pushforward.problems import Problem
+from pushforward.structure.cuts import chain, cuts
 
 # How much dearer one kind of pass can be than the other: beyond it the count of passes decides.
 _PASS_RATIO = 8
 # Beyond this many bytes held by one pass, passes run faster one by one than in a batch.
 _LARGE_PASS = 1 << 21
+# A constant Jacobian with more entries than this is not kept.
+_KEPT_ENTRIES = 1 << 23
+# What the plain route must cost, as a multiple, for another to be worth its bookkeeping.
+WORTHWHILE = 1.3
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A strategy that applies, and its cost."""
+    """A strategy that applies, and its cost.
+
+    Attributes:
+        jvps, vjps: products J v and J^T u that one evaluation makes.
+        work: what everything costs together, to compare by.
+        cost: what one pass costs.
+        scheme: how entries are found, where they are not simply rows or columns.
+    """
 
     strategy: str
     jvps: int
     vjps: int
     work: float
     cost: Cost | None = None
+    scheme: Compressed | Split | None = None
 
     @property
     def passes(self) -> int:
         return self.jvps + self.vjps
+
+    @property
+    def compressed(self) -> Compressed | None:
+        return self.scheme if isinstance(self.scheme, Compressed) else None
+
+    @property
+    def split(self) -> Split | None:
+        return self.scheme if isinstance(self.scheme, Split) else None
 
 
 def reverse(problem: Problem) -> Candidate | str:
@@ -77,5 +105,178 @@ def forward(problem: Problem) -> Candidate | str:
     return Candidate("forward", problem.n, 0, (problem.n + 1) * cost.work, cost)
 
 
+def constant(problem: Problem) -> Candidate | str:
+    """No pass at all: the map is affine, and its entries are found when the plan is made."""
+    pattern = problem.structure.pattern
+    if pattern is None:
+        return "no structure is known"
+    if not problem.structure.graph.affine:
+        return "the map is not affine"
+    if pattern.nnz > _KEPT_ENTRIES:
+        return f"{pattern.nnz} entries are too many to keep"
+    best = _fewest(problem, pattern)
+    if isinstance(best, str):
+        return best
+    return replace(best, strategy="constant", work=0.0)
+
+
+def batch(problem: Problem) -> Candidate | str:
+    """Samples that do not meet: one pass serves a row, or a column, of all of them."""
+    samples, pattern = problem.structure.samples, problem.structure.pattern
+    if samples is None or pattern is None:
+        return "no batch of independent samples was found"
+    tape = problem.linear.tape
+    rows = _within_samples([leaf.size for leaf in tape.codomain.active], samples)
+    columns = _within_samples([leaf.size for leaf in tape.domain.active], samples)
+    colorings = [
+        Coloring("rows", None, rows, read_rows(pattern, rows), int(rows.max(initial=-1)) + 1),
+    ]
+    if problem.quantity != "hessian":
+        least = int(columns.max(initial=-1)) + 1
+        colorings.append(
+            Coloring("columns", columns, None, read_columns(pattern, columns), least)
+        )
+    return _cheapest(problem, pattern, colorings, "batch")
+
+
+def _within_samples(sizes: list[int], samples: int) -> np.ndarray:
+    """The place of each scalar within its sample, over all leaves."""
+    places, start = [], 0
+    for size in sizes:
+        width = size // samples
+        places.append(np.tile(np.arange(start, start + width), samples))
+        start += width
+    return np.concatenate(places)
+
+
+def sparse(problem: Problem) -> Candidate | str:
+    """Columns or rows (or both) that share no entry share a pass."""
+    pattern = problem.structure.pattern
+    if pattern is None:
+        return problem.structure.note or "no structure is known"
+    if pattern.nnz == pattern.shape[0] * pattern.shape[1]:
+        return "every entry may be nonzero"
+    return _fewest(problem, pattern)
+
+
+def _fewest(problem: Problem, pattern: Pattern) -> Candidate | str:
+    if problem.quantity == "hessian":
+        return _cheapest(problem, _symmetric(pattern), _hessian_colorings(pattern), "sparse")
+    return _cheapest(problem, pattern, _colorings(problem, pattern), "sparse")
+
+
+def _colorings(problem: Problem, pattern: Pattern) -> list[Coloring]:
+    tape = problem.linear.tape
+    found = [
+        by_rows(pattern, _grid(tape.codomain, pattern.shape[0])),
+        by_columns(pattern, _grid(tape.domain, pattern.shape[1])),
+    ]
+    fewest = min(coloring.passes for coloring in found)
+    mixed = by_both(pattern, fewest) if fewest > 3 else None
+    return found if mixed is None or mixed.passes >= fewest else [*found, mixed]
+
+
+def _grid(side: object, size: int) -> tuple[int, ...] | None:
+    """The shape of the only leaf of a side, where the colours of a grid can be tried on it."""
+    leaves = side.active  # type: ignore[attr-defined]
+    shape = leaves[0].real_shape if len(leaves) == 1 else ()
+    return tuple(shape) if len(shape) > 1 and int(np.prod(shape)) == size else None
+
+
+def _symmetric(pattern: Pattern) -> Pattern:
+    rows, columns = pattern.nonzero()
+    both = np.concatenate([rows, columns]), np.concatenate([columns, rows])
+    return Pattern.of(*both, pattern.shape)
+
+
+def _hessian_colorings(pattern: Pattern) -> list[Coloring]:
+    """Products with a symmetric matrix are its rows."""
+    symmetric = _symmetric(pattern)
+    direct, substituted = star(symmetric), acyclic(symmetric)
+    found = [direct] if substituted is None else [direct, substituted]
+    return [replace(c, column_colors=None, row_colors=c.column_colors) for c in found]
+
+
+def diagonal_only(problem: Problem) -> Candidate | str:
+    """The diagonal alone: columns share a pass unless one pollutes the other's entry there."""
+    if problem.quantity != "diagonal":
+        return "all entries are wanted"
+    pattern = problem.structure.pattern
+    if pattern is None:
+        return problem.structure.note or "no structure is known"
+    grid = _grid(problem.linear.tape.domain, pattern.shape[1])
+    colorings = [_entries_only(diagonal(pattern, grid, by)) for by in ("rows", "columns")]
+    size = len(pattern.indptr) - 1
+    present = np.flatnonzero(diagonal(pattern, grid).source >= 0)
+    return _cheapest(problem, Pattern.of(present, present, (size, size)), colorings, "diagonal")
+
+
+def _entries_only(coloring: Coloring) -> Coloring:
+    """Without the places on the diagonal that hold no entry."""
+    return replace(coloring, source=coloring.source[coloring.source >= 0])
+
+
+def _cheapest(
+    problem: Problem, pattern: Pattern, colorings: list[Coloring], name: str
+) -> Candidate | str:
+    """The colouring whose passes cost least; columns only where J v can be trusted."""
+    reasons, candidates = [], []
+    for coloring in colorings:
+        refusal = why_not_forward(problem) if coloring.jvps else None
+        if refusal is None:
+            candidates.append(_candidate(problem, pattern, coloring, name))
+        else:
+            reasons.append(refusal)
+    return min(candidates, key=lambda c: c.work) if candidates else "; ".join(reasons)
+
+
+def _candidate(problem: Problem, pattern: Pattern, coloring: Coloring, name: str) -> Candidate:
+    tape = problem.linear.tape
+    scheme = Compressed(pattern, coloring, tape.domain.dtype, tape.domain.device)
+    jvps, vjps = coloring.jvps, coloring.vjps
+    if problem.is_small:
+        return Candidate(name, jvps, vjps, jvps + vjps, None, scheme)
+    push = problem.push_cost if jvps else None
+    pull = problem.pull_cost if vjps else None
+    work = (jvps * push.work if push else 0.0) + (vjps * pull.work if pull else 0.0)
+    return Candidate(name, jvps, vjps, work, push or pull, scheme)
+
+
+def split(problem: Problem) -> Candidate | str:
+    """J as a product of factors, cut where the graph is narrow."""
+    if problem.quantity != "jacobian":
+        return "only for a Jacobian as a whole"
+    if not problem.linear.batched:
+        return "not all of its ops can run under vmap"
+    graph, tape = problem.structure.graph, problem.linear.tape
+    if problem.is_small or not graph.steps:
+        return "too small to gain by it" if graph.steps else "no graph is known"
+    found = cuts(graph, problem.samples)
+    if not found:
+        return "no tensor that everything goes through"
+    links = chain(graph, found, problem.n, problem.m, problem.samples)
+    way = links.best(0, len(links.widths) - 1)
+    if way.kind != "product":
+        return f"the narrowest cut has width {min(cut.width for cut in found)}: nothing to gain"
+    if why_not_forward(problem) is not None and any(p.kind == "columns" for p in way.leaves):
+        return "no second derivative to push forward with"
+    jvps = sum(links.widths[p.start] for p in way.leaves if p.kind == "columns")
+    vjps = sum(links.widths[p.stop] for p in way.leaves if p.kind == "rows")
+    plain = links.widths[-1] * links.ends[-1]
+    work = way.work / max(plain, 1.0) * problem.m * problem.pull_cost.work
+    scheme = Split(tuple(found), way, tape.domain.lead)
+    return Candidate("split", jvps, vjps, work, problem.pull_cost, scheme)
+
+
 Strategy = Callable[[Problem], Candidate | str]
-STRATEGIES: dict[str, Strategy] = {"reverse": reverse, "forward": forward, "loop": loop}
+STRATEGIES: dict[str, Strategy] = {
+    "constant": constant,
+    "diagonal": diagonal_only,
+    "batch": batch,
+    "sparse": sparse,
+    "split": split,
+    "reverse": reverse,
+    "forward": forward,
+    "loop": loop,
+}
+PLAIN = ("reverse", "forward", "loop")

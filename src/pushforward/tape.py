@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 from pushforward.boundary import Arguments, Layout, as_real
 from pushforward.composites import UNFIT, UNFIT_THIRD, composites
 from pushforward.errors import DifferentiationError, InputError, ShapeError
-from pushforward.purity import RandomState, recording, untouched
+from pushforward.purity import Loan, RandomState, recording, untouched
 
 # det's backward takes an SVD when it runs under vmap with gradients on, and that SVD has no
 # derivative where singular values repeat. One cotangent at a time it solves with LU instead.
@@ -36,7 +36,8 @@ _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
 class Tape:
     """A map at a point: its value, and the graph between its real inputs and real outputs.
 
-    ``mode`` holds the training flags of every module that the function can reach.
+    ``mode`` holds the training flags of every module that the function can reach, ``loan`` which
+    buffers were copies.
     """
 
     function: Callable[..., Any]
@@ -51,6 +52,7 @@ class Tape:
     order: int = 1
     is_gradient: bool = False
     composed: bool = False
+    loan: Loan = field(default_factory=Loan, repr=False)
 
     @property
     def domain(self) -> Layout:
@@ -59,6 +61,18 @@ class Tape:
     @property
     def batch_dim(self) -> int | None:
         return None if self.domain.batch is None else 0
+
+
+class Watch(Protocol):
+    """What may look on while a map is recorded."""
+
+    def start(
+        self, inputs: Sequence[Tensor], arguments: Sequence[Tensor], domain: Layout
+    ) -> None:
+        """A run begins: from these inputs, with these other tensors among its arguments."""
+
+    def following(self) -> AbstractContextManager[None]:
+        """Entered around what is run."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ def record(
     batch_dim: int | None,
     state: RandomState | None = None,
     order: int = 1,
+    watch: Watch | None = None,
 ) -> Tape:
     """Evaluate a map once and keep its graph; with gradients off, keep only what leads to it.
 
@@ -96,12 +111,12 @@ def record(
     """
     state = state or RandomState.now()
     order += _DEPTH.get()
-    tape = _evaluate(function, arguments, batch_dim, state, order)
+    tape = _evaluate(function, arguments, batch_dim, state, order, watch)
     unfit = UNFIT if order == 1 else UNFIT | UNFIT_THIRD
     if tape.census.ops.isdisjoint(unfit):
         return tape
     with composites():
-        composed = _evaluate(function, arguments, batch_dim, state, order)
+        composed = _evaluate(function, arguments, batch_dim, state, order, watch)
     _refuse_hidden(composed)
     return replace(composed, composed=True)
 
@@ -134,20 +149,28 @@ def _evaluate(
     batch_dim: int | None,
     state: RandomState,
     order: int,
+    watch: Watch | None,
 ) -> Tape:
     attach = torch.is_grad_enabled()
     given = _active(arguments)
-    with untouched(function, state) as modules:
+    with untouched(function, state) as loan:
         inputs = tuple(_source(leaf, attach) for leaf in given)
-        with _nested():
+        if watch is not None:
+            watch.start(inputs, arguments.others, arguments.domain)
+        with _nested(), _watched(watch):
             value = function(*arguments.substitute(_fresh(arguments, inputs)))
         leaves, codomain = _outputs(value, arguments, batch_dim)
         outputs = tuple(as_real(leaf) for leaf in codomain.select(leaves))
         census = take_census(outputs, inputs, given, attach)
     if not census.attached:
         value = _detached(leaves, codomain)
-    mode = tuple([module.training for module in modules])
-    return Tape(function, arguments, state, value, inputs, outputs, codomain, census, mode, order)
+    mode = tuple([module.training for module in loan.modules])
+    made = function, arguments, state, value, inputs, outputs, codomain, census, mode, order
+    return Tape(*made, loan=loan)
+
+
+def _watched(watch: Watch | None) -> AbstractContextManager[None]:
+    return nullcontext() if watch is None else watch.following()
 
 
 def record_gradient(
@@ -155,16 +178,17 @@ def record_gradient(
     arguments: Arguments,
     batch_dim: int | None,
     state: RandomState | None = None,
+    watch: Watch | None = None,
 ) -> Tape:
     """Record the gradient of a scalar map as a map in its own right, domain to domain."""
-    tape = record(function, arguments, batch_dim, state, order=2)
+    tape = record(function, arguments, batch_dim, state, order=2, watch=watch)
     if tape.codomain.size != 1:
         per = " per sample" if batch_dim == 0 else ""
         raise ShapeError(
             f"a Hessian expects one output scalar{per}, got {tape.codomain.size} "
             f"({tape.codomain.describe()}); sum it, or take pf.jacobian of a gradient"
         )
-    with recording():
+    with recording(), _watched(watch):
         gradient = _gradient(tape)
         census = take_census(gradient, tape.inputs, _active(arguments), tape.census.attached)
     return replace(tape, outputs=gradient, codomain=tape.domain, census=census, is_gradient=True)

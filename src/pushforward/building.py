@@ -1,0 +1,252 @@
+"""A chosen strategy made ready: its program recorded, and verified at the point and at a second one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pushforward.boundary import Arguments, as_real
+from pushforward.checks import agree
+from pushforward.compressed import Compressed
+from pushforward.evaluations import Evaluation
+from pushforward.factors import Split, factors, record_with_taps
+from pushforward.passes import Linearization, random_vectors
+from pushforward.planning import Recipe
+from pushforward.program import CannotRecord, Program, Recorder, program
+from pushforward.strategies import Candidate
+from pushforward.tape import Tape, record, record_gradient
+
+# Programs hold all passes at once; with more entries than this they go in chunks instead.
+_PROGRAM_ENTRIES = 1 << 25
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """What is needed to record a map again, at any point."""
+
+    function: Callable[..., Any]
+    batch_dim: int | None
+    quantity: str
+
+    def tape(self, arguments: Arguments, **how: Any) -> Tape:
+        """Record the map, or its gradient where a Hessian is wanted."""
+        make = record_gradient if self.quantity == "hessian" else record
+        return make(self.function, arguments, self.batch_dim, **how)
+
+
+def entries(
+    mapping: Map, arguments: Arguments, recipe: Recipe, linear: Linearization | None = None
+) -> list[Tensor]:
+    """The entries of a scheme through a tape: values, or the two factors.
+
+    ``linear`` is a tape that is there already; a split needs one with taps in it.
+    """
+    scheme = recipe.candidate.scheme
+    if isinstance(scheme, Split):
+        tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, scheme)
+        return list(factors(Linearization(tape, recipe.batched), kept, scheme))
+    assert scheme is not None
+    linear = linear or Linearization(mapping.tape(arguments), recipe.batched)
+    values = scheme.values(linear, recipe.chunk)
+    if mapping.quantity == "hessian":
+        values = scheme.symmetrised(values)
+    return [values]
+
+
+def build(mapping: Map, arguments: Arguments, recipe: Recipe, memory: int | None) -> Recipe:
+    """Record the program of a recipe, where it can have one."""
+    reason = _why_no_program(recipe, memory)
+    if reason is None:
+        try:
+            return _with_program(mapping, arguments, recipe)
+        except CannotRecord as error:
+            reason = str(error)
+    return replace(recipe, notes=(*recipe.notes, f"through the tape: {reason}"))
+
+
+def _with_program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Recipe:
+    made = _program(mapping, arguments, recipe)
+    candidate = recipe.candidate
+    if candidate.strategy == "constant":
+        candidate = _settled(candidate, made)
+    return replace(recipe, candidate=candidate, evaluation=Evaluation(made))
+
+
+def _settled(candidate: Candidate, made: Program) -> Candidate:
+    """A constant Jacobian takes no pass; one that turns out to vary takes those it was found by."""
+    if made.varies:
+        return replace(candidate, strategy="sparse")
+    return replace(candidate, jvps=0, vjps=0)
+
+
+def _why_no_program(recipe: Recipe, memory: int | None) -> str | None:
+    scheme, passes = recipe.candidate.scheme, recipe.candidate.passes
+    if scheme is None:
+        return "plain rows or columns"
+    if memory is not None:
+        return "a memory budget is kept to chunk by chunk"
+    if isinstance(scheme, Compressed) and recipe.chunk < passes:
+        return f"{passes} passes go {recipe.chunk} at a time"
+    if not recipe.batched:
+        return "vectors go one by one"
+    return None
+
+
+def _program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Program:
+    scheme = recipe.candidate.scheme
+    own = _private(arguments)
+    constants = scheme.constants if isinstance(scheme, Compressed) else []
+    loans: list[Any] = []
+
+    def original(tensor: Tensor) -> Tensor:
+        return loans[0].original(tensor) if loans else tensor
+
+    def owned(tensor: Tensor) -> bool:
+        reachable = recipe.circumstances is not None and recipe.circumstances.state.tensors
+        return bool(reachable) and id(tensor) in reachable
+
+    inputs = [*real_inputs(own), *own.others]
+    recorder = Recorder(inputs, constants)
+
+    def work() -> list[Tensor]:
+        if isinstance(scheme, Split):
+            tape, kept = record_with_taps(mapping.function, own, mapping.batch_dim, scheme)
+            loans.append(tape.loan)
+            return list(factors(Linearization(tape, recipe.batched), kept, scheme))
+        tape = mapping.tape(own)
+        loans.append(tape.loan)
+        return entries(mapping, own, recipe, Linearization(tape, recipe.batched))
+
+    with torch.no_grad():
+        return program(work, recorder, original, owned)
+
+
+def _private(arguments: Arguments) -> Arguments:
+    """The same arguments in storages of their own: a closure may hold the very tensors."""
+    leaves = tuple(
+        leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in arguments.leaves
+    )
+    chosen = (arguments.argnums,) if isinstance(arguments.argnums, int) else arguments.argnums
+    copied = arguments.substitute(leaves)
+    picked = [arg for i, arg in enumerate(copied) if i not in chosen]
+    rest = iter(picked)
+    args = tuple(arg if i in chosen else next(rest) for i, arg in enumerate(copied))
+    return replace(arguments, leaves=leaves, args=args)
+
+
+def real_inputs(arguments: Arguments) -> list[Tensor]:
+    """The tensors to differentiate with respect to, as real ones."""
+    return [as_real(leaf) for leaf in arguments.domain.select(arguments.leaves)]
+
+
+def verify(mapping: Map, arguments: Arguments, recipe: Recipe, once: bool = False) -> str | None:
+    """Compare products of the planned entries with an independent derivative, at two points.
+
+    ``once``: at the point alone.
+
+    Returns:
+        None, or what is wrong.
+    """
+    if recipe.candidate.scheme is None:
+        return None
+    with torch.no_grad():
+        points = [("at the point", arguments), ("at a second point", _nearby(arguments))]
+        for place, point in points[: 1 if once else 2]:
+            try:
+                wrong = _differs(mapping, point, recipe)
+            except Exception:  # a function need not be defined nearby, or takes another branch there
+                if point is arguments:
+                    raise
+                continue
+            if wrong:
+                return f"{recipe.candidate.strategy} gives other numbers than a backward pass {place}"
+    return None
+
+
+def _nearby(arguments: Arguments) -> Arguments:
+    """A second point of the same shapes, not far from the first."""
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf.device)
+        return leaf.detach() * (1 + 0.1 * noise).to(leaf.dtype) + (1e-3 * noise).to(leaf.dtype)
+
+    return replace(arguments, leaves=tuple(moved(leaf) for leaf in arguments.leaves))
+
+
+def _differs(mapping: Map, arguments: Arguments, recipe: Recipe) -> bool:
+    linear = Linearization(mapping.tape(arguments), recipe.batched)
+    (u,) = random_vectors(linear.tape.codomain, 1)
+    if recipe.candidate.strategy == "diagonal":
+        return not _diagonal_agrees(mapping, arguments, recipe, linear)
+    found, scale = _pulled(planned(mapping, arguments, recipe, linear), recipe, u[0])
+    expected = linear.pull(u)[0]
+    return not agree(found, expected, scale, strict=True)
+
+
+def evaluate(
+    mapping: Map, arguments: Arguments, recipe: Recipe, linear: Linearization | None
+) -> Sequence[Tensor]:
+    """The entries at a point, differentiable where that is wanted.
+
+    Raises:
+        Stale: a value that the program relies on is another one at this point.
+    """
+    if recipe.evaluation is None:
+        return entries(mapping, arguments, recipe, linear)
+    return recipe.evaluation.values(
+        real_inputs(arguments), arguments.others, lambda: entries(mapping, arguments, recipe)
+    )
+
+
+def planned(
+    mapping: Map, arguments: Arguments, recipe: Recipe, linear: Linearization | None
+) -> Sequence[Tensor]:
+    """The entries as the recipe computes them: by its program, or through the tape."""
+    if recipe.evaluation is None:
+        return entries(mapping, arguments, recipe, linear)
+    return recipe.evaluation.program(*real_inputs(arguments), *arguments.others)
+
+
+def _pulled(parts: Sequence[Tensor], recipe: Recipe, u: Tensor) -> tuple[Tensor, Tensor]:
+    """J^T u from entries, ([B,] n), and the size of what was added up."""
+    scheme = recipe.candidate.scheme
+    if isinstance(scheme, Compressed):
+        (values,) = parts
+        m, n = scheme.pattern.shape
+        rows = torch.repeat_interleave(
+            torch.arange(m, device=u.device), scheme.starts.diff(), output_size=scheme.pattern.nnz
+        )
+        terms = values * u.to(values.dtype).index_select(-1, rows)
+        zeros = values.new_zeros(*values.shape[:-1], n)
+        return (
+            zeros.index_add(-1, scheme.columns, terms),
+            zeros.index_add(-1, scheme.columns, terms.abs()),
+        )
+    tall, wide = parts
+    u = u.to(tall.dtype).unsqueeze(-2)
+    return (u @ tall @ wide).squeeze(-2), (u.abs() @ tall.abs() @ wide.abs()).squeeze(-2)
+
+
+def _diagonal_agrees(
+    mapping: Map, arguments: Arguments, recipe: Recipe, linear: Linearization
+) -> bool:
+    """A few entries of the diagonal against rows of their own."""
+    (values,) = planned(mapping, arguments, recipe, linear)
+    scheme = recipe.candidate.compressed
+    assert scheme is not None
+    whole = scheme.diagonal(values)
+    for place in {0, len(whole.mT) // 2, scheme.pattern.shape[0] - 1}:
+        if 0 <= place < scheme.pattern.shape[0]:
+            row = linear.rows(place, place + 1)[0][..., place]
+            if not agree(whole[..., place], row, row.abs()):
+                return False
+    return True
+
+

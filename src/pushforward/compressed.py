@@ -1,0 +1,154 @@
+"""Entries of a sparse Jacobian from a few passes: seeds go in, entries are read where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pushforward.coloring import Coloring, seeds
+from pushforward.passes import Linearization
+from pushforward.pattern import Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A coloured pattern, ready for passes on one device in one dtype.
+
+    Attributes:
+        pattern: where entries stand, (m, n).
+        coloring: the seeds, and where to read each entry.
+    """
+
+    pattern: Pattern
+    coloring: Coloring
+    dtype: torch.dtype
+    device: torch.device
+
+    @cached_property
+    def column_seeds(self) -> Tensor:
+        """(jvps, n), the vectors of the products J v."""
+        return self._seeds(self.coloring.column_colors, self.coloring.jvps)
+
+    @cached_property
+    def row_seeds(self) -> Tensor:
+        """(vjps, m), the vectors of the products J^T u."""
+        return self._seeds(self.coloring.row_colors, self.coloring.vjps)
+
+    def _seeds(self, colors: np.ndarray | None, count: int) -> Tensor:
+        assert colors is not None
+        made = torch.from_numpy(np.ascontiguousarray(seeds(colors, count)))
+        return made.to(self.device, self.dtype)
+
+    @cached_property
+    def source(self) -> Tensor:
+        """Where each entry stands in what the passes give, (nnz,)."""
+        return self._numbers(self.coloring.source)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each row of entries begins, (m + 1,)."""
+        return self._numbers(self.pattern.indptr)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The column of each entry, (nnz,)."""
+        return self._numbers(self.pattern.indices)
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """Rows and columns of all entries, (2, nnz)."""
+        return torch.stack([self._numbers(self.pattern.rows), self.columns])
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where each entry stands in the whole matrix, row after row, (nnz,)."""
+        rows, columns = self.pattern.nonzero()
+        return self._numbers(rows * self.pattern.shape[1] + columns)
+
+    @cached_property
+    def steps(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """What is subtracted from what, where entries are found by substitution."""
+        steps = self.coloring.steps or ()
+        return tuple((self._numbers(a), self._numbers(b)) for a, b in steps)
+
+    def _numbers(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self.device)
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """The tensors that evaluations use and never change."""
+        made = [self.source, *(part for step in self.steps for part in step)]
+        if self.coloring.jvps:
+            made.append(self.column_seeds)
+        if self.coloring.vjps:
+            made.append(self.row_seeds)
+        if self.coloring.kind in ("star", "acyclic"):
+            made.append(self.mirrored)
+        return made
+
+    def values(self, linear: Linearization, chunk: int) -> Tensor:
+        """All entries in the order of the pattern, ``([B,] nnz)``."""
+        lead = linear.tape.domain.lead
+        parts = []
+        if self.coloring.jvps:
+            linear.prepare_push()
+            parts += [linear.push(v) for v in _spread(self.column_seeds, lead, chunk)]
+        if self.coloring.vjps:
+            parts += [linear.pull(u) for u in _spread(self.row_seeds, lead, chunk)]
+        if not parts:
+            return torch.zeros(*lead, 0, dtype=self.dtype, device=self.device)
+        return self.read(parts, lead)
+
+    def read(self, parts: list[Tensor], lead: tuple[int, ...]) -> Tensor:
+        """Pick the entries out of what the passes gave, each ``(k, [B,] size)``."""
+        flat = [part.movedim(0, -2).reshape(*lead, -1) for part in parts]
+        found = (flat[0] if len(flat) == 1 else torch.cat(flat, -1)).index_select(-1, self.source)
+        for targets, operands in self.steps:
+            found = found.index_add(-1, targets, found.index_select(-1, operands), alpha=-1)
+        return found
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The whole matrix, ``([B,] m, n)``, of its entries ``([B,] nnz)``."""
+        m, n = self.pattern.shape
+        lead = values.shape[:-1]
+        if self.is_full:
+            return values.reshape(*lead, m, n)
+        whole = values.new_zeros(*lead, m * n)
+        return whole.index_copy(-1, self.places, values).reshape(*lead, m, n)
+
+    @cached_property
+    def mirrored(self) -> Tensor:
+        """For each entry the place of its mirror image, where the pattern is symmetric."""
+        return self._numbers(self.pattern.transposed()[1])
+
+    def symmetrised(self, values: Tensor) -> Tensor:
+        """The mean of each entry and its mirror image."""
+        return (values + values.index_select(-1, self.mirrored)) / 2
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether every place holds an entry."""
+        return self.pattern.nnz == self.pattern.shape[0] * self.pattern.shape[1]
+
+    @cached_property
+    def diagonal_places(self) -> tuple[Tensor, Tensor]:
+        """Which rows have an entry on the diagonal, and which entries those are."""
+        rows, columns = self.pattern.nonzero()
+        (entries,) = np.nonzero(rows == columns)
+        return self._numbers(rows[entries]), self._numbers(entries)
+
+    def diagonal(self, values: Tensor) -> Tensor:
+        """The diagonal, ``([B,] n)``, of the entries ``([B,] nnz)``."""
+        rows, entries = self.diagonal_places
+        zeros = values.new_zeros(*values.shape[:-1], self.pattern.shape[0])
+        return zeros.index_copy(-1, rows, values.index_select(-1, entries))
+
+
+def _spread(vectors: Tensor, lead: tuple[int, ...], chunk: int) -> list[Tensor]:
+    """Seeds in chunks, the same ones for each sample."""
+    shaped = vectors.reshape(len(vectors), *(1 for _ in lead), -1)
+    return list(shaped.expand(-1, *lead, -1).split(max(chunk, 1)))

@@ -1,0 +1,509 @@
+"""Following a function while it runs: what each element of each tensor depends on.
+
+The function runs as it is written, on its own tensors. Beside each storage stands an array with the
+number of a set for each element; an op writes the numbers of its outputs, a view reads those of the
+storage that it looks at. Where autograd says that a tensor carries no gradient, nothing depends on
+anything: that covers ``detach``, ``no_grad`` and indices.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pushforward.purity import custom_functions
+from pushforward.structure.graph import Graph, Step
+from pushforward.structure.rules import RULES, Call
+from pushforward.structure.rules.affine import is_affine
+from pushforward.structure.rules.pointwise import pointwise
+from pushforward.structure.rules.registry import Numbers, without_derivative
+from pushforward.structure.rules.sparse import MAKERS, are_strided, sparse_rule, stored
+from pushforward.structure.sets import EMPTY, FIRST, VARIES, Sets, TooManySets
+from pushforward.meter import flops_of
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Shadow:
+    """The sets of a storage's elements, counted in elements of ``unit`` bytes.
+
+    ``numbers`` is a plain number where all elements are alike. ``sources`` are the constants from
+    outside that the values were made of. ``hidden`` says that autograd does not know of the storage,
+    and yet derivatives pass: a conjugate or negative, looked at lazily so far, is copied below it.
+    """
+
+    numbers: np.ndarray | int
+    unit: int
+    sources: frozenset[int] = frozenset()
+    name: int = 0
+    version: int = 0
+    hidden: bool = False
+
+    def spread(self, count: int) -> np.ndarray:
+        """The numbers as an array that can be written to."""
+        if isinstance(self.numbers, int):
+            self.numbers = np.full(count, self.numbers, np.int32)
+        return self.numbers
+
+
+@dataclass
+class Guards:
+    """What a structure relies on beside the code: values that served as structure."""
+
+    constants: dict[int, Tensor] = field(default_factory=dict)
+    at_point: set[str] = field(default_factory=set)
+
+
+class Follower(TorchDispatchMode):
+    """Follows the ops that run inside, for one labelling of the inputs.
+
+    Args:
+        inputs: the tensors to differentiate with respect to.
+        labels: the variable of each element of each input, shaped like it.
+        count: how many variables there are.
+        arguments: tensors that come with each call, and are no structure.
+        budget: the most bytes that sets may take.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        labels: Sequence[np.ndarray],
+        count: int,
+        arguments: Sequence[Tensor] = (),
+        budget: int = 1 << 28,
+        parent: Follower | None = None,
+    ) -> None:
+        super().__init__()
+        self.sets = Sets(count, budget)
+        self.graph = Graph()
+        self.guards = Guards()
+        self.dense_ops: dict[str, int] = {}
+        self.failure: str | None = None
+        self._shadows: dict[int, Shadow] = {}
+        self._external: dict[int, Tensor] = {}
+        self._names = self._count = 0
+        self._parent = parent
+        for tensor, label in zip(inputs, labels, strict=True):
+            self._write(tensor, np.where(label < 0, VARIES, self.sets.single(label)))
+        for tensor in arguments:
+            constant = not (tensor.is_floating_point() or tensor.is_complex())
+            self._add(tensor, EMPTY if constant else VARIES)
+        self.graph.inputs = tuple(self.value_of(tensor) for tensor in inputs)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Otherwise the first op imports the compiler, which takes seconds."""
+        return False
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow the ops that run inside, custom functions among them."""
+        with custom_functions(self._custom), self:
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._count += 1
+        if self.failure is not None:
+            return func(*args, **kwargs)
+        try:
+            before = self._values_before(func, args, kwargs)
+            read = self._reads(args, kwargs)
+        except Exception as error:
+            self._give_up(func, error)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        try:
+            self._follow(func, args, kwargs, out, before, read)
+        except TooManySets:
+            self.failure = "its sets outgrow their budget"
+        except Exception as error:  # whatever goes wrong here must not stop the function
+            self._give_up(func, error)
+        return out
+
+    def _give_up(self, func: Any, error: Exception) -> None:
+        self.failure = f"{_name(func)} could not be followed ({type(error).__name__}: {error})"
+
+    def numbers(self, tensor: Tensor) -> Numbers:
+        """The sets of a tensor's elements, shaped like it."""
+        shadow = self._shadow(tensor)
+        found = _look(shadow, stored(tensor), self.sets)
+        return found if shadow.hidden or _carries(tensor) else without_derivative(found)
+
+    def _reads(self, args: Any, kwargs: Any) -> dict[int, Numbers]:
+        """The numbers of all arguments as they are before the call writes any of them."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        return {id(t): self.numbers(t) for t in leaves if isinstance(t, Tensor)}
+
+    def _values_before(self, func: Any, args: Any, kwargs: Any) -> dict[int, Tensor]:
+        """Copies of what a call is about to overwrite."""
+        if not func._schema.is_mutable:
+            return {}
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        return {id(t): t.detach().clone() for t in tensors}
+
+    def _follow(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        before: dict[int, Tensor],
+        read: dict[int, Numbers],
+    ) -> None:
+        outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func is aten._local_scalar_dense.default or func is aten.equal.default:
+            self._branch(tensors, read)
+        if func.overloadpacket in MAKERS:
+            self._branch([t for t in tensors if not t.dtype.is_floating_point], read)
+        written = _written(func, args, kwargs)
+        if torch.Tag.inplace_view in func.tags or not (outputs or written):
+            return
+        if outputs and self._is_view(func, outputs):
+            return
+        call = Call(func, args, kwargs, outputs, self.sets, lambda t: read[id(t)], before)
+        call.noted = self._note
+        self._register(call, func, tensors, written, read)
+
+    def _register(
+        self,
+        call: Call,
+        func: Any,
+        tensors: list[Tensor],
+        written: list[Tensor],
+        read: dict[int, Numbers],
+    ) -> None:
+        outputs = call.outputs
+        sources = frozenset().union(*(self._shadow(t).sources for t in tensors))
+        reads = tuple(dict.fromkeys(self.value_of(t) for t in tensors if _active(read[id(t)])))
+        found = self._found(call, func, tensors, read)
+        changed = {id(t) for t in written}
+        for tensor, numbers in zip(outputs, found, strict=True):
+            if id(tensor) in changed:
+                numbers = self._kept(tensor, numbers)
+            self._write(tensor, numbers, sources)
+        returned = {id(t) for t in outputs}
+        for tensor in written:
+            if id(tensor) not in returned:
+                self._write(tensor, self._changed(call, tensor), sources)
+        if func is aten.clone.default and (tensors[0].is_conj() or tensors[0].is_neg()):
+            self._shadow(outputs[0]).hidden = True
+        if reads:
+            self._step(call, func, reads, outputs)
+
+    def _kept(self, tensor: Tensor, numbers: Numbers) -> Numbers:
+        """What is written where autograd does not look leaves the derivatives of before."""
+        if torch.is_grad_enabled() and _carries(tensor):
+            return numbers
+        old = _look(self._shadow(tensor), stored(tensor), self.sets)
+        if not _active(old):
+            return numbers
+        return self.sets.unite(numbers, np.where(old >= FIRST, old, EMPTY))
+
+    def _changed(self, call: Call, tensor: Tensor) -> Numbers:
+        """An argument that a call changes without returning it: statistics, or lists of tensors."""
+        if call.outputs:
+            return np.maximum(call.read(tensor), VARIES)
+        old = _look(self._shadow(tensor), stored(tensor), self.sets)
+        return self.sets.unite(self._dense(call, call.func, 1)[0], old)
+
+    def _found(
+        self, call: Call, func: Any, tensors: list[Tensor], read: dict[int, Numbers]
+    ) -> list[Numbers]:
+        """The sets of each output: by rule, or dense."""
+        if torch.Tag.nondeterministic_seeded in func.tags and not any(
+            _active(read[id(t)]) for t in tensors
+        ):
+            return call.same_everywhere(np.ones((), np.int32))
+        uniform = _alike([read[id(t)] for t in tensors])
+        if uniform is not None and uniform < FIRST:
+            return call.same_everywhere(np.full((), uniform, np.int32))
+        rule = rule_of(func) if are_strided((*tensors, *call.outputs)) else sparse_rule(call)
+        return list(rule(call) if rule is not None else self._dense(call, func))
+
+    def _dense(self, call: Call, func: Any, count: int | None = None) -> list[Numbers]:
+        numbers = call.everything()
+        if _active(numbers):
+            name = _name(func)
+            self.dense_ops[name] = self.dense_ops.get(name, 0) + 1
+        return [numbers] * (len(call.outputs) if count is None else count)
+
+    def _step(self, call: Call, func: Any, reads: tuple[Any, ...], outputs: list[Tensor]) -> None:
+        writes = tuple(self.value_of(t) for t in outputs)
+        result = outputs[0] if len(outputs) == 1 else outputs
+        flops = flops_of(func, call.args, call.kwargs, result)
+        moved = sum(t.numel() * t.element_size() for t in outputs)
+        sizes = tuple(t.numel() for t in outputs)
+        mutates = bool(func._schema.is_mutable)
+        step = Step(_name(func), self._count, reads, writes, sizes, flops, moved, mutates)
+        self.graph.steps.append(step)
+        self.graph.affine = self.graph.affine and is_affine(func, call.args, self._depends)
+
+    def _depends(self, tensor: Tensor) -> bool:
+        return _active(self.numbers(tensor))
+
+    def _is_view(self, func: Any, outputs: list[Tensor]) -> bool:
+        """Whether the outputs only look at storages that are known already."""
+        if func._schema.is_mutable:
+            return False
+        return all(_key(t) in self._shadows for t in outputs)
+
+    def _branch(self, tensors: list[Tensor], read: dict[int, Numbers]) -> None:
+        """Python looks at a value: constant ones are guarded, others hold at this point only."""
+        for tensor in tensors:
+            self._note(tensor, not bool((read[id(tensor)] == EMPTY).all()))
+
+    def _note(self, tensor: Tensor, varying: bool) -> None:
+        if varying:
+            self.guards.at_point.add("values")
+        for source in self._shadow(tensor).sources:
+            self.guards.constants[source] = self._external[source]
+
+    def _custom(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """A custom function ran: its outputs depend on its inputs as its backward says."""
+        if self.failure is not None:
+            return
+        ins = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+        outs = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and _carries(t)]
+        try:
+            self._write_custom(ins, outs)
+        except TooManySets:
+            self.failure = "its sets outgrow their budget"
+
+    def _write_custom(self, ins: list[Tensor], outs: list[Tensor]) -> None:
+        given = [t for t in ins if _carries(t)]
+        numbers = [self.numbers(t) for t in given]
+        if not outs or not any(_active(n) for n in numbers):
+            return
+        everything = self.sets.unite_all([self.sets.unite_axis(n.reshape(-1)) for n in numbers])
+        name = type(outs[0].grad_fn).__name__
+        reached = _backward_reach(self, given, outs)
+        if reached is None:
+            self.dense_ops[name] = self.dense_ops.get(name, 0) + 1
+        reads = tuple(dict.fromkeys(self.value_of(t) for t in given))
+        for place, tensor in enumerate(outs):
+            found = everything if reached is None else reached(place, numbers)
+            self._write(tensor, np.broadcast_to(found, tensor.shape))
+        writes = tuple(self.value_of(t) for t in outs)
+        sizes = tuple(t.numel() for t in outs)
+        moved = sum(t.numel() * t.element_size() for t in outs)
+        self.graph.steps.append(Step(name, self._count, reads, writes, sizes, 0, moved, True))
+        self.graph.affine = False
+
+    def _shadow(self, tensor: Tensor) -> Shadow:
+        known = self._shadows.get(_key(tensor))
+        return known if known is not None else self._meet(tensor)
+
+    def _meet(self, tensor: Tensor) -> Shadow:
+        """A tensor from outside: parameters vary, other constants are structure."""
+        if self._parent is not None:
+            return self._add(tensor, VARIES)
+        varies = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
+        shadow = self._add(tensor, VARIES if varies else EMPTY)
+        if not varies:
+            name = len(self._external)
+            self._external[name] = tensor
+            shadow.sources = frozenset({name})
+        return shadow
+
+    def _add(self, tensor: Tensor, number: int) -> Shadow:
+        self._names += 1
+        shadow = Shadow(number, tensor.element_size(), name=self._names)
+        key = _key(tensor)
+        self._shadows[key] = shadow
+        weakref.finalize(stored(tensor).untyped_storage(), self._forget, key, shadow)
+        return shadow
+
+    def _forget(self, key: int, shadow: Shadow) -> None:
+        if self._shadows.get(key) is shadow:
+            del self._shadows[key]
+
+    def _write(
+        self, tensor: Tensor, numbers: Numbers, sources: frozenset[int] = frozenset()
+    ) -> None:
+        tensor = stored(tensor)
+        shadow = self._shadows.get(_key(tensor))
+        fresh = shadow is None
+        if shadow is None:
+            shadow = self._add(tensor, EMPTY)
+        shadow.sources |= sources
+        shadow.version += not fresh
+        count = tensor.untyped_storage().nbytes() // max(shadow.unit, 1)
+        first = _alike([numbers])
+        if first is not None and tensor.numel() == count:
+            shadow.numbers = first
+            return
+        _assign(shadow.spread(count), shadow.unit, tensor, numbers)
+
+    def value_of(self, tensor: Tensor) -> tuple[int, int]:
+        """What stands for the present content of a tensor's storage."""
+        shadow = self._shadow(tensor)
+        return (shadow.name, shadow.version)
+
+
+def rule_of(func: Any) -> Any:
+    """The rule of an overload: its own, that of its plain form, or that of all pointwise ops."""
+    packet = func.overloadpacket
+    found = RULES.get(func) or RULES.get(packet) or RULES.get(_plain(packet))
+    return pointwise if found is None and _is_pointwise(func) else found
+
+
+def _is_pointwise(func: Any) -> bool:
+    """Whether torch marks an overload, or its plain form, as elementwise."""
+    plain = getattr(_plain(func.overloadpacket), func._overloadname, func)
+    return torch.Tag.pointwise in func.tags or torch.Tag.pointwise in plain.tags
+
+
+def _plain(packet: Any) -> Any:
+    """``aten.relu`` for ``aten.relu_``."""
+    name = packet.__name__
+    return getattr(aten, name[:-1], packet) if name.endswith("_") else packet
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments that a call changes."""
+    schema = func._schema
+    if not schema.is_mutable:
+        return []
+    found: list[Tensor] = []
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    return found
+
+
+def _name(func: Any) -> str:
+    return func.overloadpacket.__name__
+
+
+def _key(tensor: Tensor) -> int:
+    return stored(tensor).untyped_storage()._cdata
+
+
+def _carries(tensor: Tensor) -> bool:
+    return tensor.requires_grad
+
+
+def _active(numbers: Numbers) -> bool:
+    return bool(numbers.size) and int(numbers.max()) >= FIRST
+
+
+def _alike(arrays: Sequence[Numbers]) -> int | None:
+    """The one number that all elements of some arrays have, if they have."""
+    found: int | None = None
+    for array in arrays:
+        if array.size == 0:
+            continue
+        first = int(array.flat[0])
+        same = array.strides == (0,) * array.ndim or bool((array == first).all())
+        if not same or found not in (None, first):
+            return None
+        found = first
+    return EMPTY if found is None else found
+
+
+def _look(shadow: Shadow, tensor: Tensor, sets: Sets) -> Numbers:
+    """Read the numbers of a storage through the geometry of a tensor."""
+    shape = tuple(tensor.shape)
+    if isinstance(shadow.numbers, int):
+        return np.broadcast_to(np.int32(shadow.numbers), shape)
+    numbers, size = shadow.numbers, tensor.element_size()
+    if size < shadow.unit:
+        numbers = np.repeat(numbers, shadow.unit // size)
+    elif size > shadow.unit:
+        ratio = size // shadow.unit
+        numbers = sets.unite_axis(numbers[: len(numbers) // ratio * ratio].reshape(-1, ratio))
+    return _through(numbers, tensor)
+
+
+def _through(numbers: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """An array over a storage, seen with a tensor's offset, shape and strides."""
+    if tensor.numel() == 0:
+        return np.zeros(tuple(tensor.shape), numbers.dtype)
+    item = numbers.itemsize
+    strides = [stride * item for stride in tensor.stride()]
+    start = numbers[tensor.storage_offset() :]
+    return np.lib.stride_tricks.as_strided(start, tuple(tensor.shape), strides)
+
+
+def _assign(shadow: np.ndarray, unit: int, tensor: Tensor, numbers: Numbers) -> None:
+    """Write numbers into the array of a storage through the geometry of a tensor."""
+    size = tensor.element_size()
+    if tensor.numel() == 0:
+        return
+    if size == unit:
+        _through(shadow, tensor)[...] = numbers
+        return
+    ratio = unit / size if size < unit else size // unit
+    places = _through(np.arange(math.ceil(len(shadow) * max(ratio, 1 / ratio))), tensor)
+    if size < unit:  # parts of an element: it keeps what its other parts depend on
+        raise NotImplementedError("writing into a part of a complex number")
+    for part in range(int(ratio)):
+        shadow[(places * int(ratio) + part)] = numbers
+
+
+def _backward_reach(follower: Follower, given: list[Tensor], outs: list[Tensor]) -> Any:
+    """Follow a custom backward from random cotangents; None where that fails."""
+    probes = [torch.ones_like(t).requires_grad_() for t in outs]
+    if any(t.is_complex() for t in (*probes, *given)):
+        return None
+    starts = np.cumsum([0, *(p.numel() for p in probes)])
+    labels = [
+        np.arange(start, start + p.numel()).reshape(tuple(p.shape))
+        for start, p in zip(starts, probes, strict=False)
+    ]
+    inner = Follower(probes, labels, int(starts[-1]), parent=follower)
+    try:
+        with torch.enable_grad(), inner:
+            gradients = torch.autograd.grad(
+                outs, given, probes, retain_graph=True, create_graph=True, allow_unused=True
+            )
+        if inner.failure is not None:
+            return None
+        found = [None if g is None else inner.numbers(g) for g in gradients]
+    except Exception:  # a backward in Python can fail in any way
+        return None
+    follower.guards.at_point |= inner.guards.at_point
+    return _Transposed(follower.sets, inner.sets, starts, [tuple(p.shape) for p in probes], found)
+
+
+@dataclass
+class _Transposed:
+    """What a backward pass reaches, read from the outputs."""
+
+    sets: Sets
+    inner: Sets
+    starts: np.ndarray
+    shapes: list[tuple[int, ...]]
+    found: list[Numbers | None]
+
+    def __call__(self, place: int, numbers: list[Numbers]) -> Numbers:
+        """The sets of one output, given those of the inputs."""
+        start, stop = int(self.starts[place]), int(self.starts[place + 1])
+        owners, members = [], []
+        for reached, own in zip(self.found, numbers, strict=True):
+            if reached is not None:
+                flat = np.ascontiguousarray(reached).reshape(-1)
+                begins, variables = self.inner.members(flat)
+                owners.append(variables)
+                members.append(np.repeat(np.ascontiguousarray(own).reshape(-1), np.diff(begins)))
+        variables = np.concatenate(owners) if owners else np.zeros(0, np.int64)
+        sets = np.concatenate(members) if members else np.zeros(0, np.int32)
+        order = np.argsort(variables, kind="stable")
+        bounds = np.searchsorted(variables[order], np.arange(start, stop + 1))
+        united = self.sets.unite_groups(bounds, sets[order])
+        return np.maximum(united, VARIES).reshape(self.shapes[place])

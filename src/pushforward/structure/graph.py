@@ -1,0 +1,43 @@
+"""The graph of a run: its ops in order, what each reads and writes, and what each costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# What stands for the content of a storage between two writes: its number, and how often it was written.
+Value = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op that something depends on.
+
+    Attributes:
+        op: its name.
+        number: which op of the run it was, those that nothing depends on counted.
+        reads, writes: the values; ``sizes`` are the elements of each output.
+        flops, moved: operations, and bytes of the outputs.
+        mutates: whether it wrote into a storage that was there before, or is no plain op.
+    """
+
+    op: str
+    number: int
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+    sizes: tuple[int, ...]
+    flops: int
+    moved: int
+    mutates: bool
+
+
+@dataclass
+class Graph:
+    """The steps of a run between its inputs and its outputs.
+
+    ``affine`` says that no op multiplied, or bent, what depends on the inputs.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    inputs: tuple[Value, ...] = ()
+    outputs: tuple[Value, ...] = ()
+    affine: bool = True
