@@ -4,6 +4,7 @@
     exact(f, *args)                   asserts: every entry that is detected is met, and none else
     sound(f, *args)                   asserts: no entry is missed
     overs(f, *args)                   how many entries are detected and never met
+    followed(f, x)                    the pattern of the ops themselves, without a tape
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from oracles import loop_matrix
 from torch import Tensor
 
 from pushforward.boundary import Arguments
+from pushforward.pattern import Pattern
 from pushforward.structure.detection import Detector, Structure
+from pushforward.structure.follow import Follower
 from pushforward.tape import record, record_gradient
 
 # Where an entry vanishes by chance at one point, it does not at another.
@@ -50,6 +53,18 @@ def overs(f: Callable, *args: Any, argnums: Any = 0, at_point: bool = False) -> 
     """Assert that no entry is missed, and count those that are detected and never met."""
     _, found, met = _compared(f, args, argnums, at_point)
     return int((found & ~met).sum())
+
+
+def followed(f: Callable, x: Tensor) -> np.ndarray:
+    """(m, n): what one run depends on, where no op is replaced by others."""
+    x = x.detach().clone().requires_grad_()
+    follower = Follower([x], [np.arange(x.numel()).reshape(x.shape)], x.numel())
+    with follower.following():
+        y = f(x)
+    assert follower.failure is None, follower.failure
+    assert not follower.dense_ops
+    starts, members = follower.sets.members(follower.numbers(y).reshape(-1))
+    return Pattern((y.numel(), x.numel()), starts, members).todense()
 
 
 def _compared(

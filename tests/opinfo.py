@@ -28,8 +28,9 @@ from pushforward.tape import record
 
 # Entries smaller than this, relative to the largest, are rounding.
 ROUNDING = 1e-12
-# Points at which an entry that was found has the chance to be other than zero.
-TRIES = 60
+# At so many points an entry that was found has the chance to be other than zero; then each element
+# that is left is made the largest or the smallest, up to so many elements.
+TRIES, RAISED = 30, 200
 
 
 @dataclass(frozen=True)
@@ -237,19 +238,56 @@ def _compare(
     oracle: Oracle, first: np.ndarray, structure: Structure, finding: Finding
 ) -> None:
     found = _chosen(structure.pattern, oracle.rows)
-    seen, missed = _nonzero(first, 0), _nonzero(first, ROUNDING) & ~found
-    points = () if structure.guards.at_point else elsewhere(oracle.case.point)
-    for tried, point in enumerate(points):
-        rows = np.flatnonzero((found & ~seen).any(1)) if tried >= 2 else np.arange(len(found))
-        matrix = oracle.at(point, rows, tried) if len(rows) and not missed.any() else None
-        if matrix is not None:
-            seen[rows] |= _nonzero(matrix, 0)
-            missed[rows] |= _nonzero(matrix, ROUNDING) & ~found[rows]
+    tally = _Tally(oracle, found, _nonzero(first, 0), _nonzero(first, ROUNDING) & ~found)
+    if not structure.guards.at_point:
+        _look_elsewhere(tally, finding.variant)
+    over, missed = tally.unseen.sum(), tally.missed.sum()
     shapes = " ".join(str(tuple(x.shape)) for x in oracle.case.point)
-    if missed.any():
-        finding.missed.append(f"{shapes}: {missed.sum()} of {found.sum()}")
-    if (found & ~seen).any():
-        finding.over.append(f"{shapes}: {(found & ~seen).sum()} of {found.sum()}")
+    if missed:
+        finding.missed.append(f"{shapes}: {missed} of {found.sum()}")
+    if over and finding.variant != "complex":
+        finding.over.append(f"{shapes}: {over} of {found.sum()}")
+
+
+def _look_elsewhere(tally: _Tally, variant: str) -> None:
+    """Two other points always; more while entries have been zero so far."""
+    every = np.arange(len(tally.found))
+    for tried, point in enumerate(elsewhere(tally.oracle.case.point)):
+        if tried >= 2 and (variant == "complex" or tally.missed.any()):
+            return
+        tally.take(point, every if tried < 2 else tally.open_rows(), tried)
+    for place, height in itertools.product(tally.open_places()[:RAISED], (30.0, -30.0)):
+        tally.take(raised(tally.oracle.case.point, place, height), tally.open_rows(), 0)
+
+
+@dataclass
+class _Tally:
+    """Which entries were found, which have been other than zero, and which of those were missed."""
+
+    oracle: Oracle
+    found: np.ndarray
+    seen: np.ndarray
+    missed: np.ndarray
+
+    @property
+    def unseen(self) -> np.ndarray:
+        return self.found & ~self.seen
+
+    def open_rows(self) -> np.ndarray:
+        return np.flatnonzero(self.unseen.any(1))
+
+    def open_places(self) -> np.ndarray:
+        """Inputs that may tell more; the rows of a gradient have the numbers of inputs too."""
+        rows = self.oracle.rows[self.open_rows()]
+        columns = np.flatnonzero(self.unseen.any(0))
+        return np.union1d(columns, rows[rows < self.found.shape[1]])
+
+    def take(self, point: Sequence[Tensor], rows: np.ndarray, seed: int) -> None:
+        """Count some rows at another point, if the op is defined there."""
+        matrix = self.oracle.at(point, rows, seed) if len(rows) else None
+        if matrix is not None:
+            self.seen[rows] |= _nonzero(matrix, 0)
+            self.missed[rows] |= _nonzero(matrix, ROUNDING) & ~self.found[rows]
 
 
 def _chosen(pattern: Pattern, rows: np.ndarray) -> np.ndarray:
@@ -275,8 +313,8 @@ def elsewhere(point: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     def shuffled(x: Tensor) -> Tensor:
         return x.reshape(-1)[torch.randperm(x.numel(), generator=draw)].reshape(x.shape)
 
-    yield tuple(x + 0.01 * normal(x) for x in point)
     ways = (
+        lambda x: x + 0.01 * normal(x),
         lambda x: shuffled(x) + 1e-3 * normal(x),
         normal,
         lambda x: x + 0.3 * normal(x),
@@ -285,6 +323,14 @@ def elsewhere(point: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     )
     for way in itertools.islice(itertools.cycle(ways), TRIES):
         yield tuple(way(x) for x in point)
+
+
+def raised(point: Sequence[Tensor], column: int, height: float) -> tuple[Tensor, ...]:
+    """The point with one coordinate moved away from the others."""
+    flat = torch.cat([x.reshape(-1) for x in point])
+    flat[column] += height
+    parts = flat.split([x.numel() for x in point])
+    return tuple(part.reshape(x.shape) for part, x in zip(parts, point, strict=True))
 
 
 @dataclass(frozen=True)

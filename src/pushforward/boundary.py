@@ -321,6 +321,36 @@ class Arguments:
             )
         return Arguments(args, chosen, domain, tuple(values))
 
+    @staticmethod
+    def like(domain: Layout, args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> Arguments | None:
+        """The arguments of another call, where it is plain to see that they are like those before.
+
+        One tensor with the shape, dtype and device of the only leaf; None where more is to be
+        looked at.
+        """
+        if len(args) != 1 or argnums != 0 or domain.structure is not _SINGLE:
+            return None
+        (x,), leaf = args, domain.leaves[0]
+        if (
+            type(x) is not Tensor
+            or x.shape != (leaf.shape if domain.batch is None else (domain.batch, *leaf.shape))
+            or x.dtype is not leaf.dtype
+            or x.device != leaf.device
+            or x.layout is not torch.strided
+        ):
+            return None
+        return Arguments(args, 0, domain, args)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors to differentiate with respect to."""
+        return self.domain.select(self.leaves)
+
+    def snapshot(self) -> Arguments:
+        """The same arguments as they are now, whatever is written to them later."""
+        leaves = tuple(v.clone() if isinstance(v, Tensor) else v for v in self.leaves)
+        return Arguments(self.args, self.argnums, self.domain, leaves)
+
     @cached_property
     def others(self) -> tuple[Tensor, ...]:
         """The tensors among all arguments that are not differentiated."""

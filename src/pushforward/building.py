@@ -14,12 +14,17 @@ from pushforward.checks import agree
 from pushforward.compressed import Compressed
 from pushforward.evaluations import Evaluation
 from pushforward.factors import Split, factors, record_with_taps
+from pushforward.meter import measure
 from pushforward.passes import Linearization, random_vectors
 from pushforward.planning import Recipe
 from pushforward.program import CannotRecord, Program, Recorder, program
 from pushforward.strategies import Candidate
-from pushforward.tape import Tape, record, record_gradient
+from pushforward.tape import Tape, inside_a_transform, record, record_gradient
 
+# A call of an op takes about as long as so many operations.
+_CALL = 20_000.0
+# A program that takes more work than this is not made a second time in another way.
+_WORTH_COMPARING = 1e9
 # Programs hold all passes at once; with more entries than this they go in chunks instead.
 _PROGRAM_ENTRIES = 1 << 25
 
@@ -49,17 +54,26 @@ def entries(
     if isinstance(scheme, Split):
         tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, scheme)
         return list(factors(Linearization(tape, recipe.batched), kept, scheme))
-    assert scheme is not None
     linear = linear or Linearization(mapping.tape(arguments), recipe.batched)
+    if scheme is None:
+        return [_whole(linear, recipe.candidate.jvps > 0)]
     values = scheme.values(linear, recipe.chunk)
     if mapping.quantity == "hessian":
         values = scheme.symmetrised(values)
     return [values]
 
 
+def _whole(linear: Linearization, by_columns: bool) -> Tensor:
+    """All rows or all columns in one batch, ``([B,] m, n)``."""
+    tape = linear.tape
+    if by_columns:
+        return linear.columns(0, tape.domain.size).movedim(0, -1)
+    return linear.rows(0, tape.codomain.size).movedim(0, -2)
+
+
 def build(mapping: Map, arguments: Arguments, recipe: Recipe, memory: int | None) -> Recipe:
     """Record the program of a recipe, where it can have one."""
-    reason = _why_no_program(recipe, memory)
+    reason = _why_no_program(arguments, recipe, memory)
     if reason is None:
         try:
             return _with_program(mapping, arguments, recipe)
@@ -69,7 +83,32 @@ def build(mapping: Map, arguments: Arguments, recipe: Recipe, memory: int | None
 
 
 def _with_program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Recipe:
+    """The recipe with the cheapest program that its candidate, or one of its rivals, has."""
+    made = [_attempt(mapping, arguments, recipe)]
+    for rival in recipe.candidate.rivals:
+        if made[0].work < _WORTH_COMPARING:
+            made.append(_attempt(mapping, arguments, replace(recipe, candidate=rival)))
+    best = min(made, key=lambda attempt: attempt.work)
+    return _completed(best.recipe, best.program)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """A program and what one run of it takes, counted."""
+
+    recipe: Recipe
+    program: Program
+    work: float
+
+
+def _attempt(mapping: Map, arguments: Arguments, recipe: Recipe) -> _Attempt:
     made = _program(mapping, arguments, recipe)
+    with torch.no_grad():
+        _, cost = measure(lambda: made(*real_inputs(arguments), *arguments.others))
+    return _Attempt(recipe, made, cost.work + _CALL * made.length)
+
+
+def _completed(recipe: Recipe, made: Program) -> Recipe:
     candidate = recipe.candidate
     if candidate.strategy == "constant":
         candidate = _settled(candidate, made)
@@ -83,16 +122,16 @@ def _settled(candidate: Candidate, made: Program) -> Candidate:
     return replace(candidate, jvps=0, vjps=0)
 
 
-def _why_no_program(recipe: Recipe, memory: int | None) -> str | None:
-    scheme, passes = recipe.candidate.scheme, recipe.candidate.passes
-    if scheme is None:
-        return "plain rows or columns"
+def _why_no_program(arguments: Arguments, recipe: Recipe, memory: int | None) -> str | None:
+    candidate, passes = recipe.candidate, recipe.candidate.passes
     if memory is not None:
         return "a memory budget is kept to chunk by chunk"
-    if isinstance(scheme, Compressed) and recipe.chunk < passes:
+    if candidate.split is None and recipe.chunk < passes:
         return f"{passes} passes go {recipe.chunk} at a time"
     if not recipe.batched:
         return "vectors go one by one"
+    if inside_a_transform(arguments.tensors):
+        return "a transform of torch.func is at work"
     return None
 
 
@@ -151,7 +190,7 @@ def verify(mapping: Map, arguments: Arguments, recipe: Recipe, once: bool = Fals
     Returns:
         None, or what is wrong.
     """
-    if recipe.candidate.scheme is None:
+    if recipe.candidate.scheme is None and recipe.evaluation is None:
         return None
     with torch.no_grad():
         points = [("at the point", arguments), ("at a second point", _nearby(arguments))]
@@ -229,8 +268,11 @@ def _pulled(parts: Sequence[Tensor], recipe: Recipe, u: Tensor) -> tuple[Tensor,
             zeros.index_add(-1, scheme.columns, terms),
             zeros.index_add(-1, scheme.columns, terms.abs()),
         )
+    u = u.to(parts[0].dtype).unsqueeze(-2)
+    if scheme is None:
+        (whole,) = parts
+        return (u @ whole).squeeze(-2), (u.abs() @ whole.abs()).squeeze(-2)
     tall, wide = parts
-    u = u.to(tall.dtype).unsqueeze(-2)
     return (u @ tall @ wide).squeeze(-2), (u.abs() @ tall.abs() @ wide.abs()).squeeze(-2)
 
 

@@ -106,10 +106,23 @@ class Compressed:
     def read(self, parts: list[Tensor], lead: tuple[int, ...]) -> Tensor:
         """Pick the entries out of what the passes gave, each ``(k, [B,] size)``."""
         flat = [part.movedim(0, -2).reshape(*lead, -1) for part in parts]
-        found = (flat[0] if len(flat) == 1 else torch.cat(flat, -1)).index_select(-1, self.source)
+        whole = flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+        found = self._picked(whole)
         for targets, operands in self.steps:
             found = found.index_add(-1, targets, found.index_select(-1, operands), alpha=-1)
         return found
+
+    def _picked(self, whole: Tensor) -> Tensor:
+        """Entries by their places; a plain copy where these are evenly spaced on every axis."""
+        if self.spacing is None or whole.dim() > 1 or torch.is_grad_enabled():
+            return whole.index_select(-1, self.source)
+        shape, strides = self.spacing
+        return whole.as_strided(shape, strides, int(self.coloring.source[0])).reshape(-1)
+
+    @cached_property
+    def spacing(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shape and strides of the places of all entries, where these are a regular grid."""
+        return even_spacing(self.coloring.source)
 
     def matrix(self, values: Tensor) -> Tensor:
         """The whole matrix, ``([B,] m, n)``, of its entries ``([B,] nnz)``."""
@@ -152,3 +165,25 @@ def _spread(vectors: Tensor, lead: tuple[int, ...], chunk: int) -> list[Tensor]:
     """Seeds in chunks, the same ones for each sample."""
     shaped = vectors.reshape(len(vectors), *(1 for _ in lead), -1)
     return list(shaped.expand(-1, *lead, -1).split(max(chunk, 1)))
+
+
+def even_spacing(places: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and strides of numbers that are those of a strided array of up to four axes."""
+    shape: list[int] = []
+    strides: list[int] = []
+    rest = places
+    while len(rest) > 1:
+        if len(shape) == 4:
+            return None
+        step = int(rest[1] - rest[0])
+        breaks = np.flatnonzero(np.diff(rest) != step)
+        run = int(breaks[0]) + 1 if len(breaks) else len(rest)
+        if step < 0 or len(rest) % run:
+            return None
+        grid = rest.reshape(-1, run)
+        if not (grid == grid[:, :1] + step * np.arange(run)).all():
+            return None
+        shape.insert(0, run)
+        strides.insert(0, step)
+        rest = grid[:, 0]
+    return (tuple(shape), tuple(strides)) if shape else None

@@ -19,7 +19,7 @@ from pushforward.plans import Plan
 from pushforward.problems import Problem, check_memory, check_quantity
 from pushforward.strategies import PLAIN
 from pushforward.structure.detection import NOTHING, Detector, Structure, merged
-from pushforward.tape import Tape
+from pushforward.tape import Tape, inside_a_transform
 
 
 def jacobian(
@@ -180,7 +180,9 @@ def _remembered(request: _Request) -> Jacobian | None:
 
 def _holds(plan: Plan, arguments: Arguments) -> bool:
     circumstances = plan.recipe.circumstances
-    return circumstances is not None and circumstances.hold(plan.function, arguments.others)
+    if circumstances is None or not circumstances.hold(plan.function, arguments.others):
+        return False
+    return plan.recipe.evaluation is None or not inside_a_transform(arguments.tensors)
 
 
 def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
@@ -196,7 +198,7 @@ def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
 
 def _by_program(plan: Plan, arguments: Arguments) -> Jacobian | None:
     """A lazy Jacobian; verified now and then, and given up where its values have changed."""
-    made = Jacobian(plan, arguments, None)
+    made = Jacobian(plan, arguments.snapshot(), None)
     if due(plan.recipe) and verify(plan.map, arguments, plan.recipe, once=True) is not None:
         return None
     return made
@@ -230,9 +232,10 @@ def _anew(request: _Request) -> Jacobian:
     if wrong is not None:
         recipe = plain_again(problem, replace(recipe, evaluation=None), wrong)
     plan = _plan(request, tape, recipe)
-    store_plan(mapping.function, request.key, plan)
+    if not inside_a_transform(arguments.tensors):
+        store_plan(mapping.function, request.key, plan)
     linear.batched = linear.batched and recipe.batched
-    return Jacobian(plan, arguments, linear)
+    return Jacobian(plan, arguments if recipe.evaluation is None else arguments.snapshot(), linear)
 
 
 def _recorded(request: _Request, detector: Detector | None) -> tuple[Tape, Cost | None]:
@@ -280,14 +283,16 @@ def _refuse_other_terms(plan: Plan, argnums: int | tuple[int, ...], memory: int 
 
 
 def _replan(plan: Plan, args: tuple[Any, ...]) -> Jacobian:
-    return _follow(plan, Arguments.of(args, plan.argnums, plan.batch_dim), plan.quantity)
+    alike = Arguments.like(plan.domain, args, plan.argnums)
+    arguments = alike or Arguments.of(args, plan.argnums, plan.batch_dim)
+    return _follow(plan, arguments, plan.quantity)
 
 
 def _follow(plan: Plan, arguments: Arguments, quantity: str) -> Jacobian:
     """Use a plan where it still holds, and make it anew where it does not."""
     if plan.quantity != quantity:
         raise PlanError(_misfit("quantity", plan.quantity, quantity))
-    if plan.domain.signature != arguments.domain.signature:
+    if plan.domain is not arguments.domain and plan.domain.signature != arguments.domain.signature:
         raise PlanError(_misfit("input", plan.domain.describe(), arguments.domain.describe()))
     found = _by(plan, arguments) if _holds(plan, arguments) else None
     if found is not None:

@@ -8,7 +8,7 @@ through that: evaluations run at full speed, and training differentiates what au
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ class Evaluation:
 
     Attributes:
         program: from the real inputs, and the other tensors among the arguments, to the entries.
+        trained: holds something once a backward pass has asked for the graph: whoever trains gets
+            the tape at once from then on, and not the values first and the tape afterwards.
     """
 
     program: Program
+    trained: list[bool] = field(default_factory=list)
 
     def values(
         self, inputs: Sequence[Tensor], others: Sequence[Tensor], make: Maker
@@ -41,14 +44,16 @@ class Evaluation:
         if not torch.is_grad_enabled():
             return self.program.run(*everything)
         wanted = [tensor for tensor in everything if tensor.requires_grad]
+        if wanted and self.trained:
+            return tuple(make())
         if wanted:
-            return _OnDemand.apply(_Call(self.program, everything, make), *wanted)
+            return _OnDemand.apply(_Call(self, everything, make), *wanted)
         return self.program.run(*everything)
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    program: Program
+    evaluation: Evaluation
     arguments: tuple[Tensor, ...]
     make: Maker
 
@@ -61,11 +66,12 @@ class _OnDemand(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(*wanted)
         ctx.set_materialize_grads(False)
-        found = call.program.run(*call.arguments)
+        found = call.evaluation.program.run(*call.arguments)
         return tuple(t.view_as(t) if any(t is w for w in wanted) else t for t in found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.call.evaluation.trained[:] = [True]
         wanted = ctx.saved_tensors  # raises where one of them was changed in place
         with torch.enable_grad():
             made = ctx.call.make()

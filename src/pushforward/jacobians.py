@@ -22,7 +22,7 @@ from pushforward.errors import (
 from pushforward.operators import LinearOperator, scipy_sparse
 from pushforward.passes import Linearization
 from pushforward.planning import blocks
-from pushforward.plans import Plan, function_name, versions
+from pushforward.plans import Plan, function_name
 
 # Entries beyond this many bytes are not kept for the next question about the same Jacobian.
 _KEEP_BYTES = 1 << 28
@@ -49,7 +49,6 @@ class Jacobian(LinearOperator):
         self.plan = plan
         self._arguments = arguments
         self._made = linear
-        self._versions = versions(arguments)
         self._kept: Tensor | None = None
         self._parts: Sequence[Tensor] | None = None
 
@@ -62,16 +61,8 @@ class Jacobian(LinearOperator):
     def _linear(self) -> Linearization:
         """The tape, made when something asks for it."""
         if self._made is None:
-            self._refuse_changed()
             self._made = self.plan.linearise(self._arguments)
         return self._made
-
-    def _refuse_changed(self) -> None:
-        if versions(self._arguments) != self._versions:
-            raise DifferentiationError(
-                "expected the inputs that this Jacobian was taken at, but they were changed in "
-                "place since then; call pf.jacobian again after such a step"
-            )
 
     @property
     def _domain(self) -> Layout:
@@ -188,7 +179,6 @@ class Jacobian(LinearOperator):
     def _planned(self) -> Sequence[Tensor]:
         """What the scheme of the plan gives: values in the order of the pattern, or two factors."""
         if self._parts is None or any(t.requires_grad for t in self._parts):
-            self._refuse_changed()
             self._parts = self.plan.entries(self._arguments, self._made)
         return self._parts
 
@@ -214,6 +204,8 @@ class Jacobian(LinearOperator):
         scheme = self.plan.scheme
         if scheme is not None:
             return self._symmetrised(scheme.matrix(*self._planned()))
+        if self.plan.has_program:
+            return self._symmetrised(self._planned()[0])
         axis = -1 if self._by_columns() else -2
         ranges = self._ranges()
         if len(ranges) == 0:
@@ -324,6 +316,8 @@ class Jacobian(LinearOperator):
         self._require_square("diagonal")
         if self.plan.scheme is not None:
             return self._planned_diagonal()
+        if self.plan.has_program:
+            return self._entries().diagonal(dim1=-2, dim2=-1)
 
         def part(start: int, strip: Tensor) -> Tensor:
             return strip[..., start : start + len(strip)].diagonal(dim1=0, dim2=-1)

@@ -26,7 +26,7 @@ def cached_plan(function: Callable[..., Any], key: Any) -> Plan | None:
         found = _CACHE.get(owner, {}).get((own, key))
     except TypeError:  # not hashable, or no weak references
         return None
-    return None if found is None else replace(found, function=function)
+    return None if found is None else found.of(function)
 
 
 def store_plan(function: Callable[..., Any], key: Any, plan: Plan) -> None:

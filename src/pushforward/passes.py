@@ -148,8 +148,8 @@ class Linearization:
             tape = self._tape_to_transpose()
             with recording():
                 u = tuple(torch.zeros_like(y).requires_grad_() for y in tape.outputs)
-                parts = [part.unsqueeze(0) for part in u]
-                pulled = _one(tape.outputs, tape.inputs, parts, 0, True)
+                live, seeds = _live(tape.outputs, u)
+                pulled = _backward(live, tape.inputs, seeds, True) if live else _zeros(tape.inputs)
             self._transposed = (u, tuple(pulled))
         return self._transposed
 

@@ -105,6 +105,18 @@ class Plan:
         """Whether the scheme finds every entry, and not the diagonal alone."""
         return self.strategy != "diagonal"
 
+    def of(self, function: Callable[..., Any]) -> Plan:
+        """The same plan for another function; what was worked out for it stays."""
+        made = object.__new__(Plan)
+        made.__dict__.update(self.__dict__)
+        made.__dict__["function"] = function
+        return made
+
+    @property
+    def has_program(self) -> bool:
+        """Whether all entries come from a flat program."""
+        return self.recipe.evaluation is not None and self.entries_are_all
+
     @property
     def map(self) -> Map:
         """The map, as it is recorded."""
@@ -188,13 +200,6 @@ class Plan:
             if self.strategy != "loop"
             else f"{count}, one by one"
         )
-
-
-def versions(arguments: Arguments) -> tuple[int, ...]:
-    """How often each differentiated argument was written to."""
-    return tuple(
-        leaf._version for leaf in arguments.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()
-    )
 
 
 def function_name(function: Callable[..., Any]) -> str:

@@ -27,6 +27,8 @@ _PASS_RATIO = 8
 _LARGE_PASS = 1 << 21
 # A constant Jacobian with more entries than this is not kept.
 _KEPT_ENTRIES = 1 << 23
+# Up to so many times the passes, a kind of pass may still turn out to be the cheaper one.
+_RIVAL = 1.6
 # What the plain route must cost, as a multiple, for another to be worth its bookkeeping.
 WORTHWHILE = 1.3
 
@@ -40,6 +42,8 @@ class Candidate:
         work: what everything costs together, to compare by.
         cost: what one pass costs.
         scheme: how entries are found, where they are not simply rows or columns.
+        rivals: the same by other passes at about the same cost: which is cheaper, their programs
+            tell.
     """
 
     strategy: str
@@ -48,6 +52,7 @@ class Candidate:
     work: float
     cost: Cost | None = None
     scheme: Compressed | Split | None = None
+    rivals: tuple[Candidate, ...] = ()
 
     @property
     def passes(self) -> int:
@@ -227,7 +232,11 @@ def _cheapest(
             candidates.append(_candidate(problem, pattern, coloring, name))
         else:
             reasons.append(refusal)
-    return min(candidates, key=lambda c: c.work) if candidates else "; ".join(reasons)
+    if not candidates:
+        return "; ".join(reasons)
+    best, *others = sorted(candidates, key=lambda c: c.work)
+    close = tuple(c for c in others if c.passes <= _RIVAL * best.passes)
+    return replace(best, rivals=close)
 
 
 def _candidate(problem: Problem, pattern: Pattern, coloring: Coloring, name: str) -> Candidate:

@@ -266,6 +266,11 @@ def _detached(leaves: Sequence[Any], codomain: Layout) -> Any:
     )
 
 
+def inside_a_transform(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tensors are those of a transform of ``torch.func``, which hide what they hold."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
 def nodes_behind(roots: Sequence[Node | None], stops: set[Any]) -> list[Node]:
     """Every node that the roots depend on, once each, without going past ``stops``."""
     return [node for node, _ in named_nodes(roots, stops)]

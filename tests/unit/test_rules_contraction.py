@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from detected import detect, draw, exact
+from detected import detect, draw, exact, followed, overs
+from oracles import loop_matrix
 from torch import nn, tensor
 
 A, B = draw(3, 4, seed=1), draw(4, 2, seed=2)
@@ -45,7 +46,6 @@ FULL = {
     "linear in three axes": (lambda x: F.linear(x, A, A[:, 0]), (2, 3, 4)),
     "linear in the weight": (lambda w: F.linear(A, w), (2, 4)),
     "cdist": (lambda x: torch.cdist(x, A), (2, 4)),
-    "cdist of itself": (lambda x: torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist"), (2, 3)),
     "cdist, batched": (lambda x: torch.cdist(x, BATCH, p=3.0), (2, 3, 3)),
     "pdist": (lambda x: torch.pdist(x), (4, 2)),
     "cosine_similarity": (lambda x: F.cosine_similarity(x[:, None], A, dim=-1), (2, 4)),
@@ -163,6 +163,27 @@ def test_sparse_matrix_made_inside():
         return torch.sparse_coo_tensor(places, values, (2, 3), check_invariants=True) @ x
 
     exact(f, draw(3, 2))
+
+
+def test_distances_to_itself_keep_the_diagonal():
+    """The distance of a point to itself is constant; nothing says so before it is computed."""
+    f = torch.cdist
+    assert overs(lambda x: f(x, x, compute_mode="use_mm_for_euclid_dist"), draw(2, 3)) == 6
+
+
+DISTANCES = {
+    "cdist": lambda x: torch.cdist(x, A, p=3.0),
+    "cdist, Euclidean": lambda x: torch.cdist(x, A, compute_mode="use_mm_for_euclid_dist"),
+    "cdist, batched": lambda x: torch.cdist(x[:, None], A),
+    "pdist": torch.pdist,
+}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_fused_distances(name):
+    """The kernels themselves, which a tape replaces."""
+    f, x = DISTANCES[name], draw(3, 4)
+    assert (followed(f, x) == (loop_matrix(f, x) != 0).numpy()).all()
 
 
 def test_made_masks_keep_the_order_of_their_inputs():

@@ -17,6 +17,8 @@ from pushforward.errors import PushforwardError
 aten = torch.ops.aten
 
 _READS_A_VALUE = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
+# They write to running statistics without saying so in their schemas.
+_HIDDEN_WRITES = (aten.native_batch_norm, aten.cudnn_batch_norm, aten.miopen_batch_norm)
 _REFUSED = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape)
 
 
@@ -28,6 +30,14 @@ class Slot(NamedTuple):
     """A place that holds a tensor while a program runs."""
 
     number: int
+
+
+class Like(NamedTuple):
+    """How a tensor lies in memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Recording:
         externals: tensors from outside that the computation read.
         constants: the values of slots that depend on nothing from outside.
         groups: for each slot the number of its storage; slots with the same one are views of it.
-        like: shape and dtype of each slot, for what looks for shortcuts.
+        like: shape, strides and dtype of each slot, for what looks for shortcuts.
     """
 
     inputs: tuple[Slot, ...]
@@ -76,7 +86,7 @@ class Recording:
     externals: dict[Slot, Tensor] = field(default_factory=dict)
     constants: dict[Slot, Tensor] = field(default_factory=dict)
     groups: dict[Slot, int] = field(default_factory=dict)
-    like: dict[Slot, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    like: dict[Slot, Like] = field(default_factory=dict)
 
 
 class Recorder(TorchDispatchMode):
@@ -189,7 +199,7 @@ class Recorder(TorchDispatchMode):
             weakref.finalize(tensor.untyped_storage(), self._forget, key, storage)
         slot = Slot(len(self.recording.groups))
         self.recording.groups[slot] = storage.group
-        self.recording.like[slot] = (tuple(tensor.shape), tensor.dtype)
+        self.recording.like[slot] = Like(tuple(tensor.shape), tensor.stride(), tensor.dtype)
         storage.slots[_geometry(tensor)] = slot
         return slot
 
@@ -206,7 +216,7 @@ class Recorder(TorchDispatchMode):
     def _view(self, tensor: Tensor, storage: Storage) -> Slot:
         """A view that no op was seen to make: autograd keeps tensors in forms of its own."""
         other = next(iter(storage.slots.values()))
-        if tensor.is_conj() or tensor.is_neg() or self.recording.like[other][1] != tensor.dtype:
+        if tensor.is_conj() or tensor.is_neg() or self.recording.like[other].dtype != tensor.dtype:
             raise CannotRecord("a view of another kind is kept by autograd")
         slot = self._enter(tensor)
         where = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
@@ -222,6 +232,8 @@ def _leaves(tree: Any) -> list[Any]:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Slot]:
     """The slots that a call writes to, by its schema."""
+    if func.overloadpacket in _HIDDEN_WRITES and args[5]:
+        return [slot for slot in args[3:5] if isinstance(slot, Slot)]
     if not func._schema.is_mutable:
         return []
     written = []

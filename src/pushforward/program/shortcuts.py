@@ -3,67 +3,143 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pushforward.program.recorder import Instruction, Recording, Slot
+from pushforward.program.recorder import Instruction, Like, Recording, Slot
 
 aten = torch.ops.aten
 
 
 def shortened(recording: Recording, outputs: Sequence[Slot]) -> tuple[Recording, tuple[Slot, ...]]:
     """The same computation in fewer ops, and where its outputs are."""
-    written = _written_groups(recording)
-    recording = _folded(recording, written)
-    names = _Names()
-    instructions = []
-    for instruction in recording.instructions:
-        instruction = _renamed(instruction, names)
-        short = _short(instruction, recording, written)
-        if isinstance(short, Slot):
-            names.same(instruction.outs[0], short)
-        else:
-            instructions.append(short)
-    outs = tuple(names.of(slot) for slot in outputs)
-    recording = replace(recording, instructions=instructions)
+    context = Context(_folded(recording))
+    for instruction in context.recording.instructions:
+        context.take(instruction)
+    outs = tuple(context.name(slot) for slot in outputs)
+    recording = replace(context.recording, instructions=context.instructions)
     return replace(recording, instructions=_live(recording, outs)), outs
 
 
-class _Names:
-    """Slots that turned out to hold the same as others."""
+@dataclass
+class Context:
+    """The instructions so far, who makes each slot, and which slots hold the same as others."""
 
-    def __init__(self) -> None:
-        self._same: dict[Slot, Slot] = {}
+    recording: Recording
+    instructions: list[Instruction] = field(default_factory=list)
+    makers: dict[Slot, Instruction] = field(default_factory=dict)
+    _same: dict[Slot, Slot] = field(default_factory=dict)
+    _done: dict[Any, Slot] = field(default_factory=dict)
 
-    def same(self, slot: Slot | None, other: Slot) -> None:
-        if slot is not None:
-            self._same[slot] = self.of(other)
+    def __post_init__(self) -> None:
+        self._written = written_groups(self.recording)
 
-    def of(self, slot: Slot) -> Slot:
+    def name(self, slot: Slot) -> Slot:
+        """The slot that stands for another one."""
         return self._same.get(slot, slot)
 
+    def take(self, instruction: Instruction) -> None:
+        """Enter an instruction, or a shorter one, or nothing where its result is there already."""
+        instruction = self._renamed(instruction)
+        if not self._is_pure(instruction):
+            self.instructions.append(instruction)
+            return
+        out = out_of(instruction)
+        found = self._shortest(instruction)
+        if isinstance(found, Slot):
+            self._same[out] = self.name(found)
+            return
+        self.instructions.append(found)
+        self.makers[out] = found
 
-def _renamed(instruction: Instruction, names: _Names) -> Instruction:
-    def renamed(leaf: Any) -> Any:
-        return names.of(leaf) if isinstance(leaf, Slot) else leaf
+    def _shortest(self, instruction: Instruction) -> Instruction | Slot:
+        """Apply shortcuts until none applies, then look whether the same was done before."""
+        while True:
+            shortcut = SHORTCUTS.get(instruction.func)
+            shorter = instruction if shortcut is None else shortcut(instruction, self)
+            if isinstance(shorter, Slot):
+                return shorter
+            if shorter is instruction:
+                break
+            instruction = shorter
+        return self._before(instruction)
 
-    args, kwargs = pytree.tree_map(
-        renamed,
-        (instruction.args, instruction.kwargs),
-        is_leaf=lambda node: isinstance(node, Slot),
+    def _before(self, instruction: Instruction) -> Instruction | Slot:
+        key = _call_key(instruction)
+        if key is None:
+            return instruction
+        if key in self._done:
+            return self._done[key]
+        self._done[key] = out_of(instruction)
+        return instruction
+
+    def _renamed(self, instruction: Instruction) -> Instruction:
+        def renamed(leaf: Any) -> Any:
+            return self.name(leaf) if isinstance(leaf, Slot) else leaf
+
+        args, kwargs = pytree.tree_map(
+            renamed,
+            (instruction.args, instruction.kwargs),
+            is_leaf=lambda node: isinstance(node, Slot),
+        )
+        return replace(instruction, args=args, kwargs=kwargs)
+
+    def _is_pure(self, instruction: Instruction) -> bool:
+        """Whether nobody writes to what an instruction reads and makes, one tensor."""
+        if instruction.writes or len(instruction.outs) != 1 or instruction.outs[0] is None:
+            return False
+        slots = [*instruction.reads, instruction.outs[0]]
+        return not any(self.recording.groups[slot] in self._written for slot in slots)
+
+    def constant(self, value: Any) -> Tensor | None:
+        """The value of a slot that depends on nothing from outside."""
+        return self.recording.constants.get(value) if isinstance(value, Slot) else None
+
+    def like(self, slot: Slot) -> Like:
+        """How a slot lies in memory."""
+        return self.recording.like[slot]
+
+    def maker(self, value: Any, func: Any) -> Instruction | None:
+        """The instruction that makes a slot, if it is a call of ``func``."""
+        made = self.makers.get(value) if isinstance(value, Slot) else None
+        return made if made is not None and made.func is func else None
+
+    def new_constant(self, value: Tensor) -> Slot:
+        """A slot for a constant that was not there before."""
+        slot = Slot(len(self.recording.groups))
+        self.recording.groups[slot] = len(self.recording.groups)
+        self.recording.like[slot] = Like(tuple(value.shape), value.stride(), value.dtype)
+        self.recording.constants[slot] = value
+        return slot
+
+
+def out_of(instruction: Instruction) -> Slot:
+    """The only output of an instruction."""
+    (slot,) = instruction.outs
+    assert slot is not None
+    return slot
+
+
+def _call_key(instruction: Instruction) -> Any:
+    """What two calls with the same result have in common; None where that cannot be told."""
+    leaves, spec = pytree.tree_flatten(
+        (instruction.args, instruction.kwargs), is_leaf=lambda node: isinstance(node, Slot)
     )
-    return replace(instruction, args=args, kwargs=kwargs)
+    if any(isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    return (instruction.func, tuple((type(leaf), leaf) for leaf in leaves), spec)
 
 
-def _written_groups(recording: Recording) -> frozenset[int]:
+def written_groups(recording: Recording) -> frozenset[int]:
+    """The storages that some instruction writes to."""
     return frozenset().union(*(i.writes for i in recording.instructions))
 
 
-def _folded(recording: Recording, written: frozenset[int]) -> Recording:
+def _folded(recording: Recording) -> Recording:
     """Leave out what depends on nothing from outside: its value is kept."""
     varying = {
         recording.groups[slot]
@@ -71,84 +147,139 @@ def _folded(recording: Recording, written: frozenset[int]) -> Recording:
         for slot in i.outs
         if slot is not None and slot not in recording.constants
     }
-    varying |= {g for i in recording.instructions if not _constant(i, recording) for g in i.writes}
+    constant = recording.constants
+    varying |= {
+        group
+        for i in recording.instructions
+        if not all(slot in constant for slot in i.reads)
+        for group in i.writes
+    }
     constants = {
-        slot: value
-        for slot, value in recording.constants.items()
-        if recording.groups[slot] not in varying
+        slot: value for slot, value in constant.items() if recording.groups[slot] not in varying
     }
     kept = [
         i
         for i in recording.instructions
-        if i.expected is not None or not i.outs or not all(s is None or s in constants for s in i.outs)
+        if not i.outs or not all(slot is None or slot in constants for slot in i.outs)
     ]
     return replace(recording, constants=constants, instructions=kept)
 
 
-def _constant(instruction: Instruction, recording: Recording) -> bool:
-    return all(slot in recording.constants for slot in instruction.reads)
-
-
-def _short(
-    instruction: Instruction, recording: Recording, written: frozenset[int]
-) -> Instruction | Slot:
-    """The slot that already holds what an instruction makes, or a cheaper instruction."""
-    if instruction.writes or len(instruction.outs) != 1 or instruction.outs[0] is None:
-        return instruction
-    if recording.groups[instruction.outs[0]] in written:
-        return instruction
-    shortcut = _SHORTCUTS.get(instruction.func)
-    return instruction if shortcut is None else shortcut(instruction, recording, written)
-
-
-def _copy(i: Instruction, recording: Recording, written: frozenset[int]) -> Instruction | Slot:
+def _copy(i: Instruction, context: Context) -> Instruction | Slot:
     """A copy of what nobody writes to is the thing itself."""
-    source = i.args[0]
-    if recording.groups[source] in written or recording.like[source] != recording.like[_out(i)]:
-        return i
-    return source
+    return i.args[0] if context.like(i.args[0]) == context.like(out_of(i)) else i
 
 
-def _sum(i: Instruction, recording: Recording, written: frozenset[int]) -> Instruction | Slot:
-    """Adding a constant zero."""
+def _sum(i: Instruction, context: Context) -> Instruction | Slot:
+    """Adding a constant zero; a + (-b) is a - b; two constants are added beforehand."""
     if i.kwargs.get("alpha", 1) != 1:
         return i
-    for zero, other in ((i.args[0], i.args[1]), (i.args[1], i.args[0])):
-        if not isinstance(other, Slot) or recording.groups[other] in written:
+    one, other = i.args
+    for zero, rest in ((one, other), (other, one)):
+        value = context.constant(zero)
+        if value is not None and _lies_like(rest, i, context) and not value.any():
+            return rest
+    for term, rest in ((other, one), (one, other)):
+        negated = context.maker(term, aten.neg.default)
+        if negated is not None and isinstance(rest, Slot):
+            return replace(i, func=aten.sub.Tensor, args=(rest, negated.args[0]), kwargs={})
+    return _two_constants(i, context)
+
+
+def _two_constants(i: Instruction, context: Context) -> Instruction:
+    """(a + c) + d is a + (c + d)."""
+    for term, rest in (i.args, i.args[::-1]):
+        value, inner = context.constant(term), context.maker(rest, aten.add.Tensor)
+        if value is None or inner is None or inner.kwargs or i.kwargs:
             continue
-        value = recording.constants.get(zero) if isinstance(zero, Slot) else None
-        if value is not None and recording.like[other] == recording.like[_out(i)]:
-            if not value.any():
-                return other
+        for known, left in (inner.args, inner.args[::-1]):
+            first = context.constant(known)
+            if first is not None and context.like(known) == context.like(term):
+                return replace(i, args=(left, context.new_constant(first + value)))
     return i
 
 
-def _factor(i: Instruction, recording: Recording, written: frozenset[int]) -> Instruction | Slot:
-    """Multiplying by a constant one."""
-    for one, other in ((i.args[0], i.args[1]), (i.args[1], i.args[0])):
-        if not isinstance(other, Slot) or recording.groups[other] in written:
-            continue
-        value = recording.constants.get(one) if isinstance(one, Slot) else None
-        if value is not None and recording.like[other] == recording.like[_out(i)]:
-            if bool((value == 1).all()):
-                return other
+def _difference(i: Instruction, context: Context) -> Instruction | Slot:
+    """a - (-b) is a + b; taking a constant zero away."""
+    one, other = i.args
+    if i.kwargs.get("alpha", 1) != 1:
+        return i
+    value = context.constant(other)
+    if value is not None and _lies_like(one, i, context) and not value.any():
+        return one
+    negated = context.maker(other, aten.neg.default)
+    if negated is not None and isinstance(one, Slot):
+        return replace(i, func=aten.add.Tensor, args=(one, negated.args[0]), kwargs={})
     return i
 
 
-def _product(i: Instruction, recording: Recording, written: frozenset[int]) -> Instruction | Slot:
+def _factor(i: Instruction, context: Context) -> Instruction | Slot:
+    """Multiplying by a constant one; c (-a) is (-c) a."""
+    for factor, rest in (i.args, i.args[::-1]):
+        value = context.constant(factor)
+        if value is None:
+            continue
+        if _lies_like(rest, i, context) and bool((value == 1).all()):
+            return rest
+        negated = context.maker(rest, aten.neg.default)
+        if negated is not None:
+            return replace(i, args=(context.new_constant(-value), negated.args[0]))
+    return i
+
+
+def _lies_like(slot: Any, i: Instruction, context: Context) -> bool:
+    return isinstance(slot, Slot) and context.like(slot) == context.like(out_of(i))
+
+
+def _view(i: Instruction, context: Context) -> Instruction | Slot:
+    """A view of a view; a view of all of it; rows of a matrix repeated, without the copy."""
+    source, shape = i.args[0], context.like(out_of(i)).shape
+    if _lies_like(source, i, context):
+        return source
+    repeated = context.maker(source, aten.index_select.default)
+    if repeated is not None and (lies := _repeats(repeated, shape, context)) is not None:
+        where = (repeated.args[0], list(shape), lies, 0)
+        return replace(i, func=aten.as_strided.default, args=where)
+    for func in (aten.view.default, aten._unsafe_view.default):
+        inner = context.maker(source, func)
+        if inner is not None and _is_contiguous(context.like(inner.args[0])):
+            return replace(i, func=aten.view.default, args=(inner.args[0], list(shape)))
+    return i
+
+
+def _repeats(i: Instruction, shape: tuple[int, ...], context: Context) -> list[int] | None:
+    """The strides that show each row of a matrix several times, where rows are picked like that."""
+    matrix, dim, places = i.args
+    like = context.like(matrix)
+    if dim != 0 or len(shape) < 3 or len(like.shape) != 2 or not _is_contiguous(like):
+        return None
+    rows, width = like.shape
+    if shape[0] != rows or shape[-1] != width or not isinstance(places, Tensor):
+        return None
+    times = len(places) // max(rows, 1)
+    if not torch.equal(places, torch.arange(rows).repeat_interleave(times)):
+        return None
+    return [width, *(0 for _ in shape[1:-1]), 1]
+
+
+def _is_contiguous(like: Like) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(like.shape), reversed(like.strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _product(i: Instruction, context: Context) -> Instruction | Slot:
     """A product with rows or columns of the identity picks those of the other factor."""
     one, other = i.args[:2]
-    rows = _picked(recording.constants.get(one))
+    rows = _picked(context.constant(one))
     if rows is not None:
-        return _pick(i, other, 0, rows, recording)
-    columns = _picked(_transposed(recording.constants.get(other)))
-    if columns is not None:
-        return _pick(i, one, 1, columns, recording)
-    return i
-
-
-def _transposed(matrix: Tensor | None) -> Tensor | None:
-    return None if matrix is None else matrix.mT
+        return _pick(i, other, 0, rows, context)
+    matrix = context.constant(other)
+    columns = None if matrix is None else _picked(matrix.mT)
+    return i if columns is None else _pick(i, one, 1, columns, context)
 
 
 def _picked(matrix: Tensor | None) -> Tensor | None:
@@ -164,26 +295,27 @@ def _picked(matrix: Tensor | None) -> Tensor | None:
 
 
 def _pick(
-    i: Instruction, factor: Slot, dim: int, places: Tensor, recording: Recording
+    i: Instruction, factor: Slot, dim: int, places: Tensor, context: Context
 ) -> Instruction | Slot:
-    size = recording.like[factor][0][dim]
-    if len(places) == size and torch.equal(places, torch.arange(size, device=places.device)):
+    size = context.like(factor).shape[dim]
+    if len(places) != size or not torch.equal(places, torch.arange(size, device=places.device)):
+        return Instruction(aten.index_select.default, (factor, dim, places), {}, i.outs, i.writes)
+    if context.like(factor) == context.like(out_of(i)):
         return factor
-    return Instruction(aten.index_select.default, (factor, dim, places), {}, i.outs, i.writes)
+    # What comes after may rely on how the product lay in memory.
+    how = {"memory_format": torch.contiguous_format}
+    return Instruction(aten.clone.default, (factor,), how, i.outs, i.writes)
 
 
-def _out(instruction: Instruction) -> Slot:
-    (slot,) = instruction.outs
-    assert slot is not None
-    return slot
-
-
-Shortcut = Callable[[Instruction, Recording, frozenset[int]], Instruction | Slot]
-_SHORTCUTS: dict[Any, Shortcut] = {
+Shortcut = Callable[[Instruction, Context], Instruction | Slot]
+SHORTCUTS: dict[Any, Shortcut] = {
     aten.clone.default: _copy,
     aten.add.Tensor: _sum,
+    aten.sub.Tensor: _difference,
     aten.mul.Tensor: _factor,
     aten.mm.default: _product,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
 }
 
 
@@ -192,7 +324,7 @@ def _live(recording: Recording, outputs: Iterable[Slot]) -> list[Instruction]:
     groups = recording.groups
     wanted = set(outputs)
     wanted_groups = {groups[slot] for slot in wanted}
-    written = _written_groups(recording)
+    written = written_groups(recording)
     kept = []
     for instruction in reversed(recording.instructions):
         outs = [slot for slot in instruction.outs if slot is not None]

@@ -19,6 +19,7 @@ from pushforward.pattern import Pattern
 from pushforward.structure.follow import Follower, Guards
 from pushforward.structure.graph import Graph
 from pushforward.structure.rules.registry import Numbers
+from pushforward.tape import inside_a_transform
 
 # Up to this many input scalars the finest tier is followed at once.
 _FEW = 1 << 13
@@ -75,6 +76,9 @@ class Detector:
         self, inputs: Sequence[Tensor], arguments: Sequence[Tensor], domain: Layout
     ) -> None:
         """Make the followers for a run that is about to begin."""
+        self.followers = {}
+        if inside_a_transform((*inputs, *arguments)):
+            return
         labels, count = _fine_labels(inputs, domain)
         fine = count <= _FEW if self.fine is None else self.fine
         tiers = {"elements": (labels, count)} if fine else {"drawn": _drawn(labels, count)}
@@ -102,8 +106,9 @@ class Detector:
 
     def structure(self, outputs: Sequence[Tensor], domain: Layout, codomain: Layout) -> Structure:
         """What was found, once the run is over."""
-        found = _Findings(self.followers, outputs, domain, codomain)
-        return found.structure()
+        if not self.followers:
+            return NOTHING
+        return _Findings(self.followers, outputs, domain, codomain).structure()
 
 
 @dataclass(frozen=True)

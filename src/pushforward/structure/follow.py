@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,32 +29,11 @@ from pushforward.structure.rules.pointwise import pointwise
 from pushforward.structure.rules.registry import Numbers, without_derivative
 from pushforward.structure.rules.sparse import MAKERS, are_strided, sparse_rule, stored
 from pushforward.structure.sets import EMPTY, FIRST, VARIES, Sets, TooManySets
+from pushforward.structure.storages import Shadow, assign, look, look_sunk, sink
 from pushforward.meter import flops_of
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Shadow:
-    """The sets of a storage's elements, counted in elements of ``unit`` bytes.
-
-    ``numbers`` is a plain number where all elements are alike. ``sources`` are the constants from
-    outside that the values were made of. ``hidden`` says that autograd does not know of the storage,
-    and yet derivatives pass: a conjugate or negative, looked at lazily so far, is copied below it.
-    """
-
-    numbers: np.ndarray | int
-    unit: int
-    sources: frozenset[int] = frozenset()
-    name: int = 0
-    version: int = 0
-    hidden: bool = False
-
-    def spread(self, count: int) -> np.ndarray:
-        """The numbers as an array that can be written to."""
-        if isinstance(self.numbers, int):
-            self.numbers = np.full(count, self.numbers, np.int32)
-        return self.numbers
+T = TypeVar("T")
 
 
 @dataclass
@@ -118,41 +97,35 @@ class Follower(TorchDispatchMode):
         self._count += 1
         if self.failure is not None:
             return func(*args, **kwargs)
-        try:
-            before = self._values_before(func, args, kwargs)
-            read = self._reads(args, kwargs)
-        except Exception as error:
-            self._give_up(func, error)
-            return func(*args, **kwargs)
+        before = self._trying(func, lambda: self._before(func, args, kwargs))
         out = func(*args, **kwargs)
-        try:
-            self._follow(func, args, kwargs, out, before, read)
-        except TooManySets:
-            self.failure = "its sets outgrow their budget"
-        except Exception as error:  # whatever goes wrong here must not stop the function
-            self._give_up(func, error)
+        if before is not None:
+            self._trying(func, lambda: self._follow(func, args, kwargs, out, *before))
         return out
 
-    def _give_up(self, func: Any, error: Exception) -> None:
-        self.failure = f"{_name(func)} could not be followed ({type(error).__name__}: {error})"
+    def _trying(self, func: Any, work: Callable[[], T]) -> T | None:
+        """Whatever goes wrong here ends the following, and must not stop the function."""
+        try:
+            return work()
+        except TooManySets:
+            self.failure = "its sets outgrow their budget"
+        except Exception as error:
+            self.failure = f"{_name(func)} could not be followed ({type(error).__name__}: {error})"
+        return None
 
     def numbers(self, tensor: Tensor) -> Numbers:
         """The sets of a tensor's elements, shaped like it."""
         shadow = self._shadow(tensor)
-        found = _look(shadow, stored(tensor), self.sets)
+        found = look(shadow, stored(tensor), self.sets)
         return found if shadow.hidden or _carries(tensor) else without_derivative(found)
 
-    def _reads(self, args: Any, kwargs: Any) -> dict[int, Numbers]:
-        """The numbers of all arguments as they are before the call writes any of them."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        return {id(t): self.numbers(t) for t in leaves if isinstance(t, Tensor)}
-
-    def _values_before(self, func: Any, args: Any, kwargs: Any) -> dict[int, Tensor]:
-        """Copies of what a call is about to overwrite."""
-        if not func._schema.is_mutable:
-            return {}
+    def _before(
+        self, func: Any, args: Any, kwargs: Any
+    ) -> tuple[dict[int, Tensor], dict[int, Numbers]]:
+        """The values of what a call may overwrite, and the numbers of all its arguments."""
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        return {id(t): t.detach().clone() for t in tensors}
+        copies = {id(t): t.detach().clone() for t in tensors} if func._schema.is_mutable else {}
+        return copies, {id(t): self.numbers(t) for t in tensors}
 
     def _follow(
         self,
@@ -176,6 +149,7 @@ class Follower(TorchDispatchMode):
             return
         call = Call(func, args, kwargs, outputs, self.sets, lambda t: read[id(t)], before)
         call.noted = self._note
+        call.sunken = lambda t: look_sunk(self._shadow(t), stored(t))
         self._register(call, func, tensors, written, read)
 
     def _register(
@@ -195,6 +169,8 @@ class Follower(TorchDispatchMode):
             if id(tensor) in changed:
                 numbers = self._kept(tensor, numbers)
             self._write(tensor, numbers, sources)
+        if call.sinks is not None:
+            sink(self._shadow(outputs[0]), outputs[0], call.sinks)
         returned = {id(t) for t in outputs}
         for tensor in written:
             if id(tensor) not in returned:
@@ -208,7 +184,7 @@ class Follower(TorchDispatchMode):
         """What is written where autograd does not look leaves the derivatives of before."""
         if torch.is_grad_enabled() and _carries(tensor):
             return numbers
-        old = _look(self._shadow(tensor), stored(tensor), self.sets)
+        old = look(self._shadow(tensor), stored(tensor), self.sets)
         if not _active(old):
             return numbers
         return self.sets.unite(numbers, np.where(old >= FIRST, old, EMPTY))
@@ -217,7 +193,7 @@ class Follower(TorchDispatchMode):
         """An argument that a call changes without returning it: statistics, or lists of tensors."""
         if call.outputs:
             return np.maximum(call.read(tensor), VARIES)
-        old = _look(self._shadow(tensor), stored(tensor), self.sets)
+        old = look(self._shadow(tensor), stored(tensor), self.sets)
         return self.sets.unite(self._dense(call, call.func, 1)[0], old)
 
     def _found(
@@ -340,13 +316,14 @@ class Follower(TorchDispatchMode):
         if shadow is None:
             shadow = self._add(tensor, EMPTY)
         shadow.sources |= sources
+        shadow.sunk = None
         shadow.version += not fresh
         count = tensor.untyped_storage().nbytes() // max(shadow.unit, 1)
         first = _alike([numbers])
         if first is not None and tensor.numel() == count:
             shadow.numbers = first
             return
-        _assign(shadow.spread(count), shadow.unit, tensor, numbers)
+        assign(shadow.spread(count), shadow.unit, tensor, numbers)
 
     def value_of(self, tensor: Tensor) -> tuple[int, int]:
         """What stands for the present content of a tensor's storage."""
@@ -414,46 +391,6 @@ def _alike(arrays: Sequence[Numbers]) -> int | None:
             return None
         found = first
     return EMPTY if found is None else found
-
-
-def _look(shadow: Shadow, tensor: Tensor, sets: Sets) -> Numbers:
-    """Read the numbers of a storage through the geometry of a tensor."""
-    shape = tuple(tensor.shape)
-    if isinstance(shadow.numbers, int):
-        return np.broadcast_to(np.int32(shadow.numbers), shape)
-    numbers, size = shadow.numbers, tensor.element_size()
-    if size < shadow.unit:
-        numbers = np.repeat(numbers, shadow.unit // size)
-    elif size > shadow.unit:
-        ratio = size // shadow.unit
-        numbers = sets.unite_axis(numbers[: len(numbers) // ratio * ratio].reshape(-1, ratio))
-    return _through(numbers, tensor)
-
-
-def _through(numbers: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """An array over a storage, seen with a tensor's offset, shape and strides."""
-    if tensor.numel() == 0:
-        return np.zeros(tuple(tensor.shape), numbers.dtype)
-    item = numbers.itemsize
-    strides = [stride * item for stride in tensor.stride()]
-    start = numbers[tensor.storage_offset() :]
-    return np.lib.stride_tricks.as_strided(start, tuple(tensor.shape), strides)
-
-
-def _assign(shadow: np.ndarray, unit: int, tensor: Tensor, numbers: Numbers) -> None:
-    """Write numbers into the array of a storage through the geometry of a tensor."""
-    size = tensor.element_size()
-    if tensor.numel() == 0:
-        return
-    if size == unit:
-        _through(shadow, tensor)[...] = numbers
-        return
-    ratio = unit / size if size < unit else size // unit
-    places = _through(np.arange(math.ceil(len(shadow) * max(ratio, 1 / ratio))), tensor)
-    if size < unit:  # parts of an element: it keeps what its other parts depend on
-        raise NotImplementedError("writing into a part of a complex number")
-    for part in range(int(ratio)):
-        shadow[(places * int(ratio) + part)] = numbers
 
 
 def _backward_reach(follower: Follower, given: list[Tensor], outs: list[Tensor]) -> Any:

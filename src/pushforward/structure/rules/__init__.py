@@ -1,12 +1,18 @@
 """One table of rules, filled family by family."""
 
 from pushforward.structure.rules import (
+    algebra,
     contraction,
+    correlation,
+    fourier,
     losses,
     movement,
     normalisation,
     pointwise,
+    pooling,
     reductions,
+    resampling,
+    returning,
     scattering,
     sorting,
     windows,
@@ -14,12 +20,18 @@ from pushforward.structure.rules import (
 from pushforward.structure.rules.registry import RULES, Call, rule
 
 FAMILIES = (
+    algebra,
     contraction,
+    correlation,
+    fourier,
     losses,
     movement,
     normalisation,
     pointwise,
+    pooling,
     reductions,
+    resampling,
+    returning,
     scattering,
     sorting,
     windows,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,14 +21,97 @@ def matmul(call: Call) -> list[Numbers]:
 
 @rule(aten.addmm, aten.addmv, aten.baddbmm, aten._addmm_activation)
 def addmm(call: Call) -> list[Numbers]:
-    bias, one, other = call.args[:3]
-    return [call.unite(bias, contract(call, one, other))]
+    return [_added(call, contract(call, call.args[1], call.args[2]))]
+
+
+@rule(aten.addbmm)
+def addbmm(call: Call) -> list[Numbers]:
+    """The sum of a batch of products."""
+    products = contract(call, call.args[1], call.args[2])
+    return [_added(call, call.sets.unite_axis(products, 0))]
 
 
 @rule(aten.addr)
 def addr(call: Call) -> list[Numbers]:
-    one, other = call.numbers(call.args[1]), call.numbers(call.args[2])
-    return [call.unite(call.args[0], call.unite(one[:, None], other[None, :]))]
+    one, other = (_factor(call, t) for t in call.args[1:3])
+    return [_added(call, _times(call, _at(one, np.s_[:, None]), _at(other, np.s_[None])))]
+
+
+def _added(call: Call, product: Numbers) -> Numbers:
+    """beta bias + alpha product: a factor of zero leaves nothing of its term."""
+    bias = call.numbers(call.args[0])
+    if call.kwargs.get("alpha", 1) == 0:
+        return bias
+    if call.kwargs.get("beta", 1) == 1:
+        sunk = call.sunk(call.args[0])
+        call.sinks = None if sunk is None else np.broadcast_to(sunk, call.shape)
+    return product if call.kwargs.get("beta", 1) == 0 else call.unite(bias, product)
+
+
+# What a tensor depends on, and where it is not constantly zero (None: everywhere).
+Factor = tuple[Numbers, np.ndarray | None]
+
+
+def _factor(call: Call, tensor: Tensor) -> Factor:
+    return call.numbers(tensor), _kept(call, tensor)
+
+
+def _at(factor: Factor, index: Any) -> Factor:
+    numbers, kept = factor
+    return numbers[index], None if kept is None else kept[index]
+
+
+def _times(call: Call, *factors: Factor) -> Numbers:
+    """Element by element: nothing where a factor is constantly zero."""
+    numbers = call.sets.unite_all([numbers for numbers, _ in factors])
+    for _, kept in factors:
+        if kept is not None:
+            numbers = np.where(kept, numbers, 0)
+    return numbers
+
+
+@rule(aten.linalg_cross)
+def cross(call: Call) -> list[Numbers]:
+    """Entry i is a_j b_k - a_k b_j, the three in a ring."""
+    one, other = (_broadcast(_factor(call, t), call.shape) for t in call.args[:2])
+    axis = call.arg(2, "dim", -1)
+    terms = [
+        _times(call, _rolled(one, -near, axis), _rolled(other, -far, axis))
+        for near, far in ((1, 2), (2, 1))
+    ]
+    return [call.unite(*terms)]
+
+
+def _broadcast(factor: Factor, shape: Sequence[int]) -> Factor:
+    numbers, kept = factor
+    wide = np.broadcast_to(numbers, shape)
+    return wide, None if kept is None else np.broadcast_to(kept, shape)
+
+
+def _rolled(factor: Factor, shift: int, axis: int) -> Factor:
+    numbers, kept = factor
+    return np.roll(numbers, shift, axis), None if kept is None else np.roll(kept, shift, axis)
+
+
+@rule(aten._trilinear)
+def trilinear(call: Call) -> list[Numbers]:
+    """The product of three, each with axes put in, summed over some axes."""
+    factors = [_factor(call, t) for t in call.args[:3]]
+    wide = [_expanded(f, axes) for f, axes in zip(factors, call.args[3:6], strict=True)]
+    if all(kept is None for _, kept in wide):
+        parts = [call.unite_axes(n, call.args[6], True) for n, _ in wide]
+        summed = np.squeeze(call.unite(*parts), tuple(call.args[6]))
+    else:
+        summed = call.unite_axes(_times(call, *wide), call.args[6])
+    return [summed]
+
+
+def _expanded(factor: Factor, axes: Sequence[int]) -> Factor:
+    numbers, kept = factor
+    for axis in sorted(axes):
+        numbers = np.expand_dims(numbers, axis)
+        kept = _lifted(kept, axis)
+    return numbers, kept
 
 
 @rule(aten.linear)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pushforward.structure.rules.registry import Call, Numbers, rule
+from pushforward.structure.rules.registry import Call, Numbers, rule, without_derivative
 from pushforward.structure.sets import VARIES
 
 aten = torch.ops.aten
@@ -83,6 +83,8 @@ def _relabelled(call: Call, found: Numbers) -> Numbers:
 def margins(call: Call) -> list[Numbers]:
     """All scores of a sample against that of its label."""
     numbers = call.numbers(call.args[0])
+    classes = numbers.shape[-1] if numbers.ndim else 1
     own = call.sets.unite_axis(numbers, -1) if numbers.ndim else numbers
-    found = _reduced(call, np.maximum(own, VARIES))
+    own = np.maximum(own if classes > 1 else without_derivative(own), VARIES)
+    found = _reduced(call, own)
     return [found, *[np.full((), VARIES, np.int32)] * (len(call.outputs) - 1)]

@@ -52,7 +52,7 @@ _POINTERS = {
 @rule(*MOVES)
 def movement(call: Call) -> list[Numbers]:
     """Run the op on positions and read the sets from where each element came from."""
-    numbers = [np.zeros(1, np.int32)]
+    numbers, sunk = [np.zeros(1, np.int32)], [np.zeros(1, bool)]
     filled = 1
     pointers = _pointers(call)
 
@@ -63,15 +63,23 @@ def movement(call: Call) -> list[Numbers]:
         if id(leaf) in pointers:
             return torch.from_numpy(call.constant(leaf))
         numbers.append(call.numbers(leaf).reshape(-1))
+        sunk.append(_sunk(call, leaf))
         start, filled = filled, filled + leaf.numel()
         return positions(leaf.shape, start)
 
     args, kwargs = pytree.tree_map(placed, (call.args, call.kwargs))
     kwargs.pop("memory_format", None)
     moved = pytree.tree_leaves(call.func(*args, **kwargs))
-    table = np.concatenate(numbers)
+    table, low = np.concatenate(numbers), np.concatenate(sunk)
+    if low.any():
+        call.sinks = low[moved[0].long().cpu().numpy()]
     varying = not all(call.is_constant(pointer) for pointer in pointers.values())
     return [_read(table, part, varying) for part in moved]
+
+
+def _sunk(call: Call, tensor: Tensor) -> np.ndarray:
+    mask = call.sunken(tensor)
+    return np.zeros(tensor.numel(), bool) if mask is None else mask.reshape(-1)
 
 
 def _pointers(call: Call) -> dict[int, Tensor]:

@@ -95,16 +95,16 @@ def div(call: Call) -> list[Numbers]:
     return [numbers]
 
 
-@rule(aten.add, aten.sub)
+@rule(aten.add)
 def add(call: Call) -> list[Numbers]:
-    """A sum with an infinity that is constant is that infinity: masks of attention."""
-    numbers = call.unite(call.args[0], call.args[1])
-    for sign in (np.inf, -np.inf):
-        for term in call.args[:2]:
-            infinite = call.equals(term, sign)
-            if infinite is not None:
-                numbers = np.where(np.broadcast_to(infinite, numbers.shape), 0, numbers)
-    return [numbers]
+    """A sum with minus infinity stays so, and its derivative is one: masks of attention."""
+    one, other = call.args[:2]
+    sunk = [call.sunk(one), call.sunk(other) if call.kwargs.get("alpha", 1) == 1 else None]
+    for mask in sunk:
+        if mask is not None:
+            before = np.zeros((), bool) if call.sinks is None else call.sinks
+            call.sinks = np.broadcast_to(mask | before, call.shape)
+    return [call.unite(one, other)]
 
 
 @rule(aten.addcmul)

@@ -59,15 +59,19 @@ def trace(call: Call) -> list[Numbers]:
 
 @rule(aten._softmax, aten._log_softmax, aten.softmax, aten.log_softmax, aten._safe_softmax)
 def softmax(call: Call) -> list[Numbers]:
-    """Over one axis; minus infinity that is constant is a constant zero afterwards."""
-    numbers, axis = call.numbers(call.args[0]), call.args[1]
-    out = call.equals(call.args[0], -np.inf)
+    """Over one axis, without what is minus infinity; an entry that is left alone is constant."""
+    numbers, axis, sunk = call.numbers(call.args[0]), call.args[1], call.sunk(call.args[0])
     if numbers.ndim == 0:
-        return [numbers]
-    united = np.broadcast_to(call.unite_axes(numbers, [axis], True), numbers.shape)
-    # A logarithm of zero depends on nothing of its own, but on the normalisation of the rest.
-    logs = "log" in str(call.func.overloadpacket)
-    return [united if out is None or logs else np.where(out, 0, united)]
+        return [np.zeros((), np.int32)]
+    if sunk is None and numbers.shape[axis] != 1:
+        return [np.broadcast_to(call.unite_axes(numbers, [axis], True), numbers.shape)]
+    kept = np.ones(numbers.shape, bool) if sunk is None else ~sunk
+    kept |= ~kept.any(axis, keepdims=True)
+    united = call.unite_axes(np.where(kept, numbers, 0), [axis], True)
+    shared = np.where(kept & (kept.sum(axis, keepdims=True) > 1), united, 0)
+    if "log" in call.op:  # what is minus infinity goes on to have a derivative there
+        shared = np.where(kept, shared, call.unite(numbers, united))
+    return [shared]
 
 
 @rule(aten._softmax_backward_data)

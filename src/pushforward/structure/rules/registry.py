@@ -45,6 +45,8 @@ class Call:
         read: the sets of a tensor's elements, shaped like it.
         values: the value of a tensor before the call, where the call changes it in place.
         noted: called with a tensor whose values the result relies on.
+        sunken: where a tensor is minus infinity whatever the inputs are, as far as was noted.
+        sinks: left by a rule: where its first output is so, though derivatives pass.
     """
 
     func: Any
@@ -55,6 +57,8 @@ class Call:
     read: Callable[[Tensor], Numbers]
     values: dict[int, Tensor] = field(default_factory=dict)
     noted: Callable[[Tensor, bool], None] = lambda tensor, varying: None
+    sunken: Callable[[Tensor], np.ndarray | None] = lambda tensor: None
+    sinks: np.ndarray | None = None
 
     @property
     def op(self) -> str:
@@ -104,13 +108,28 @@ class Call:
         """Where a tensor is constantly ``number``; None where it is so nowhere."""
         if not isinstance(value, Tensor):
             return np.asarray(value == number) if value == number else None
+        return self._constantly(value, lambda tensor: tensor == number)
+
+    def sunk(self, value: Any) -> np.ndarray | None:
+        """Where a tensor is so low, whatever the inputs are, that its exponential is zero."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return None
+        low = torch.finfo(value.dtype).min / 2
+        masks = (self._constantly(value, lambda tensor: tensor < low), self.sunken(value))
+        known = [mask for mask in masks if mask is not None]
+        return np.logical_or(known[0], known[-1]) if known else None
+
+    def _constantly(
+        self, value: Tensor, holds: Callable[[Tensor], Tensor]
+    ) -> np.ndarray | None:
+        """Where something holds of a value that is constant; None where it does nowhere."""
         numbers = self.read(value)
         if numbers.strides == (0,) * numbers.ndim and numbers.size and numbers.flat[0] != EMPTY:
             return None
         constant = numbers == EMPTY
         if not constant.any():
             return None
-        found = constant & (self.value(value) == number).cpu().numpy()
+        found = constant & holds(self.value(value)).cpu().numpy()
         if not found.any():
             return None
         self.noted(value, False)

@@ -73,6 +73,15 @@ def col2im(call: Call) -> list[Numbers]:
     return [joined(call, room, places, columns, True)[1:].reshape(call.shape)]
 
 
+@rule(aten.unfold_backward)
+def unfold_backward(call: Call) -> list[Numbers]:
+    """Each place sums the windows that looked at it."""
+    windows, shape, *window = call.args
+    places = positions(shape, 0).unfold(*window).long().numpy()
+    room = np.zeros(tuple(shape), np.int32)
+    return [joined(call, room, places, call.numbers(windows), True)]
+
+
 @rule(aten._embedding_bag, aten._embedding_bag_forward_only)
 def embedding_bag(call: Call) -> list[Numbers]:
     """Sums, means or maxima of the rows of a table that are named between two offsets."""

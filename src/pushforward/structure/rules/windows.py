@@ -1,4 +1,4 @@
-"""Convolution and pooling: an output depends on the inputs in a window, channel by channel or not."""
+"""Convolution: an output depends on the inputs in a window, over the channels of its group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pushforward.structure.rules.registry import Call, Numbers, rule
+from pushforward.structure.rules.registry import Call, Numbers, depends, rule
 
 aten = torch.ops.aten
 
@@ -55,30 +55,73 @@ def padded(numbers: Numbers, before: Sequence[int], after: Sequence[int]) -> Num
 @rule(aten.convolution, aten._convolution, aten.convolution_overrideable)
 def convolution(call: Call) -> list[Numbers]:
     """Windows over all channels of a group, forwards or transposed."""
-    image, weight, bias, stride, padding, dilation, transposed, extra, groups = call.args[:9]
+    image, weight, bias, stride, padding, dilation, transposed, _, groups = call.args[:9]
     space = weight.dim() - 2
-    stride, padding, dilation, extra = (pair(v, space) for v in (stride, padding, dilation, extra))
+    stride, padding, dilation = (pair(v, space) for v in (stride, padding, dilation))
+    kernel, sizes = list(weight.shape[2:]), call.shape[-space:]
+
+    def laid_out(numbers: Numbers) -> Numbers:
+        """What a plain convolution without padding would slide over."""
+        if transposed:
+            numbers = _spread(numbers, kernel, stride, padding, dilation)
+        else:
+            numbers = padded(numbers, padding, padding)
+        return _fitted(numbers, kernel, step, dilation, sizes)
+
+    step = [1] * space if transposed else stride
     numbers = call.numbers(image)
     numbers = numbers if numbers.ndim == weight.dim() else numbers[None]
-    kernel = list(weight.shape[2:])
-    if transposed:
-        numbers, before = _spread(numbers, kernel, stride, padding, dilation), [0] * space
-        stride = [1] * space
-    else:
-        numbers, before = padded(numbers, padding, padding), padding
-    sizes = call.shape[-space:]
-    numbers = _fitted(numbers, kernel, stride, dilation, sizes)
-    found = _convolved(call, numbers, weight, transposed, groups, stride, dilation, sizes)
+    found = _convolved(call, laid_out(numbers), weight, transposed, groups, step, dilation, sizes)
+    inside = laid_out(np.ones(numbers.shape[2:], np.int32)) > 0
+    own = _own(call, weight, transposed, groups, inside, step, dilation, sizes)
     offset = call.numbers(bias)
     offset = offset.reshape(-1, *[1] * space) if offset.ndim else offset
-    # The weights are part of what varies.
-    found = call.unite(found, offset, _own(call, weight))
+    found = call.unite(found, offset, own)
     return [found if len(call.shape) == weight.dim() else found[0]]
 
 
-def _own(call: Call, weight: Tensor) -> Numbers:
-    """What the weights depend on themselves, put together."""
-    return call.sets.unite_axis(call.numbers(weight).reshape(-1))
+def _own(
+    call: Call,
+    weight: Tensor,
+    transposed: bool,
+    groups: int,
+    inside: np.ndarray,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    sizes: Sequence[int],
+) -> Numbers:
+    """What comes of the weights, (out, *space): those of the taps that meet the image."""
+    numbers = call.numbers(weight)
+    if not depends(numbers):
+        return call.sets.unite_axis(numbers.reshape(-1))
+    taps = _taps(numbers, transposed, groups)
+    taps = taps.reshape(*taps.shape[:3], -1)
+    meets = np.stack(
+        [
+            _window(inside, tap, stride, dilation, sizes).reshape(-1)
+            for tap in np.ndindex(*weight.shape[2:])
+        ]
+    )
+    kinds, where = np.unique(meets, axis=1, return_inverse=True)
+    parts = [
+        call.sets.unite_axis(taps[..., kind].reshape(*taps.shape[:2], -1)) for kind in kinds.T
+    ]
+    return np.stack(parts, -1)[..., where.reshape(-1)].reshape(-1, *sizes)
+
+
+def _window(
+    numbers: Numbers,
+    tap: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    sizes: Sequence[int],
+) -> Numbers:
+    """What one tap of the kernel slides over, along the last axes."""
+    first = numbers.ndim - len(tap)
+    for axis, place in enumerate(tap):
+        start = place * dilation[axis]
+        numbers = _strided(numbers, first + axis, start, stride[axis], sizes[axis])
+    return numbers
 
 
 def _spread(
@@ -167,61 +210,5 @@ def _one_filter(
     shifted = [np.zeros((len(numbers), *sizes), np.int32)]
     for channel, *tap in product(*map(range, kept.shape)):
         if kept[(channel, *tap)]:
-            part = numbers[:, channel]
-            for axis, place in enumerate(tap):
-                start = place * dilation[axis]
-                part = _strided(part, axis + 1, start, stride[axis], sizes[axis])
-            shifted.append(part)
+            shifted.append(_window(numbers[:, channel], tap, stride, dilation, sizes))
     return call.sets.unite_all(shifted)
-
-
-@rule(aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.max_pool1d, aten.max_pool2d)
-def max_pool(call: Call) -> list[Numbers]:
-    space = 3 if "3d" in str(call.func) else 1 if "pool1d" in str(call.func) else 2
-    kernel = pair(call.args[1], space)
-    stride = pair(call.arg(2, "stride") or kernel, space)
-    padding, dilation = (pair(call.arg(i, name, d), space) for i, name, d in _POOL)
-    return call.same_everywhere(_pooled(call, kernel, stride, padding, dilation))
-
-
-_POOL = ((3, "padding", 0), (4, "dilation", 1))
-
-
-@rule(aten.avg_pool2d, aten.avg_pool3d, aten.avg_pool1d)
-def avg_pool(call: Call) -> list[Numbers]:
-    space = 3 if "3d" in str(call.func) else 1 if "pool1d" in str(call.func) else 2
-    kernel = pair(call.args[1], space)
-    stride = pair(call.arg(2, "stride") or kernel, space)
-    padding = pair(call.arg(3, "padding", 0), space)
-    return [_pooled(call, kernel, stride, padding, [1] * space)]
-
-
-def _pooled(
-    call: Call,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Numbers:
-    numbers = padded(call.numbers(call.args[0]), padding, padding)
-    sizes = call.shape[-len(kernel) :]
-    numbers = _fitted(numbers, kernel, stride, dilation, sizes)
-    return windows(numbers, kernel, stride, dilation, sizes, call)
-
-
-@rule(aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.adaptive_avg_pool1d)
-@rule(aten.adaptive_max_pool2d, aten.adaptive_max_pool3d, aten.adaptive_max_pool1d)
-def adaptive_pool(call: Call) -> list[Numbers]:
-    """Windows of unequal sizes: from floor(i n / k) to ceil((i + 1) n / k)."""
-    numbers = call.numbers(call.args[0])
-    space = len(pair(call.args[1], 1)) if not isinstance(call.args[1], int) else 1
-    for axis in range(numbers.ndim - space, numbers.ndim):
-        have, want = numbers.shape[axis], call.shape[axis]
-        parts = [
-            call.sets.unite_axis(
-                np.take(numbers, range(i * have // want, -((-(i + 1) * have) // want)), axis), axis
-            )
-            for i in range(want)
-        ]
-        numbers = np.stack(parts, axis)
-    return call.same_everywhere(numbers)
