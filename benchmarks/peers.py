@@ -88,9 +88,7 @@ def channels(bias: Tensor | None) -> Any:
 def convolution(module: nn.Conv2d) -> Function:
     weight, bias = array(module.weight), channels(module.bias)
     around = [(pad, pad) for pad in module.padding]
-    return images(
-        lambda x: lax.conv_general_dilated(x, weight, module.stride, around) + bias  # type: ignore
-    )
+    return images(lambda x: lax.conv_general_dilated(x, weight, module.stride, around) + bias)
 
 
 def transposed(module: nn.ConvTranspose2d) -> Function:

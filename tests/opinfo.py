@@ -29,21 +29,24 @@ from pushforward.tape import record
 # Entries smaller than this, relative to the largest, are rounding.
 ROUNDING = 1e-12
 # At so many points an entry that was found has the chance to be other than zero; then each element
-# that is left is made the largest or the smallest, up to so many elements.
-TRIES, RAISED = 30, 200
+# that may matter is made the largest, the smallest, or zero.
+TRIES = 60
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of the database is run: samples per op and variant, rows of each Jacobian."""
+    """How much of the database is run: samples per op and variant, rows of each Jacobian, and how
+    many rows are computed again to see whether an entry that was found is ever other than zero.
+    """
 
     samples: int
     rows: int
+    again: int
     variants: tuple[str, ...]
 
 
-COMPACT = Effort(2, 12, ("plain", "in place", "gradient"))
-COMPLETE = Effort(40, 24, ("plain", "first", "in place", "gradient", "complex"))
+COMPACT = Effort(2, 12, 300, ("plain", "in place", "gradient"))
+COMPLETE = Effort(40, 24, 300, ("plain", "first", "in place", "gradient", "complex"))
 # Jacobians of which one row is longer than this are left out.
 LONGEST = 20_000
 
@@ -54,6 +57,7 @@ class Case:
 
     function: Callable[..., tuple[Tensor, ...]]
     point: tuple[Tensor, ...]
+    complex_inputs: tuple[bool, ...]
 
 
 @dataclass
@@ -79,10 +83,16 @@ def database() -> tuple[Any, ...]:
     frozen = torch.backends.__allow_nonbracketed_mutation_flag
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torch.testing._internal.common_methods_invocations import op_db
+        from torch.testing._internal import common_methods_invocations as invocations
+    # Random ops would get the same seed at every call.
+    invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
     # Importing it forbids to set flags of backends outside of a context, for the whole process.
     torch.backends.__allow_nonbracketed_mutation_flag = frozen
-    return tuple(op for op in op_db if op.supports_autograd and op.supports_dtype(torch.float64, "cpu"))
+    return tuple(
+        op
+        for op in invocations.op_db
+        if op.supports_autograd and op.supports_dtype(torch.float64, "cpu")
+    )
 
 
 def name_of(op: Any) -> str:
@@ -145,19 +155,23 @@ def _case(op: Any, sample: Any, variant: str, finding: Finding) -> Case | None:
     fixed = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     called = _Called(op, sample, spec, fixed, places, variant)
     point = tuple(_as_real(fixed[i]).clone() for i in places)
-    if variant != "gradient":
-        return Case(called, point)
-    return _gradient_case(called, point, finding)
+    case = Case(called, point, tuple(fixed[i].is_complex() for i in places))
+    return _gradient_case(case, finding) if variant == "gradient" else case
 
 
-def _gradient_case(called: _Called, point: Sequence[Tensor], finding: Finding) -> Case | None:
+def _gradient_case(case: Case, finding: Finding) -> Case | None:
     try:
-        outs = called(*[x.clone().requires_grad_() for x in point])
-    except Exception as error:
+        outs = case.function(*[x.clone().requires_grad_() for x in case.point])
+    except Exception as error:  # ops refuse samples in many ways
         finding.skip(f"raises {type(error).__name__}")
         return None
-    weights = [torch.randn_like(y) for y in outs if y.requires_grad]
-    return Case(_Gradient(called, len(point)), (*point, *(w.detach() for w in weights)))
+    weights = [torch.randn_like(y).detach() for y in outs if y.requires_grad]
+    whole = tuple(w.is_complex() for w in weights)
+    return Case(
+        _Gradient(case.function, len(case.point), whole),
+        (*case.point, *map(_as_real, weights)),
+        (*case.complex_inputs, *whole),
+    )
 
 
 def _as_real(tensor: Tensor) -> Tensor:
@@ -166,7 +180,7 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Called:
-    """An op on a sample, as a function of the real tensors in some places."""
+    """An op on a sample, as a function of the tensors in some places, complex ones as real ones."""
 
     op: Any
     sample: Any
@@ -186,7 +200,7 @@ class _Called:
             result = self.op(first, *args, **kwargs)
         outs = pytree.tree_leaves(self.sample.output_process_fn_grad(result))
         return tuple(
-            _as_real(y.to_dense() if y.layout != torch.strided else y)
+            y.to_dense() if y.layout != torch.strided else y
             for y in outs
             if isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex())
         )
@@ -196,11 +210,14 @@ class _Called:
 class _Gradient:
     """The gradient of a weighted sum of outputs, in inputs and weights."""
 
-    called: _Called
+    called: Callable[..., tuple[Tensor, ...]]
     count: int
+    whole: tuple[bool, ...]
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        inputs, weights = values[: self.count], values[self.count :]
+        inputs = values[: self.count]
+        given = zip(values[self.count :], self.whole, strict=True)
+        weights = [torch.view_as_complex(w) if whole else w for w, whole in given]
         outs = [y for y in self.called(*inputs) if y.requires_grad]
         found = torch.autograd.grad(outs, inputs, weights, create_graph=True, allow_unused=True)
         return tuple(g for g in found if g is not None)
@@ -223,7 +240,7 @@ def judge(case: Case, effort: Effort, finding: Finding) -> None:
     if structure.pattern is None:
         finding.unfollowed.add(structure.note)
         return
-    _compare(oracle, first, structure, finding)
+    _compare(oracle, first, structure, effort, finding)
 
 
 def detected(case: Case) -> Structure:
@@ -235,12 +252,12 @@ def detected(case: Case) -> Structure:
 
 
 def _compare(
-    oracle: Oracle, first: np.ndarray, structure: Structure, finding: Finding
+    oracle: Oracle, first: np.ndarray, structure: Structure, effort: Effort, finding: Finding
 ) -> None:
     found = _chosen(structure.pattern, oracle.rows)
-    tally = _Tally(oracle, found, _nonzero(first, 0), _nonzero(first, ROUNDING) & ~found)
+    tally = Tally(oracle, found, oracle.whole(_nonzero(first, 0)), _nonzero(first, ROUNDING) & ~found)
     if not structure.guards.at_point:
-        _look_elsewhere(tally, finding.variant)
+        look_elsewhere(tally, 0 if finding.variant == "complex" else effort.again)
     over, missed = tally.unseen.sum(), tally.missed.sum()
     shapes = " ".join(str(tuple(x.shape)) for x in oracle.case.point)
     if missed:
@@ -249,19 +266,26 @@ def _compare(
         finding.over.append(f"{shapes}: {over} of {found.sum()}")
 
 
-def _look_elsewhere(tally: _Tally, variant: str) -> None:
-    """Two other points always; more while entries have been zero so far."""
-    every = np.arange(len(tally.found))
-    for tried, point in enumerate(elsewhere(tally.oracle.case.point)):
-        if tried >= 2 and (variant == "complex" or tally.missed.any()):
+def look_elsewhere(tally: Tally, again: int) -> None:
+    """All rows at two other points; then those with entries that have been zero so far."""
+    spent = 0
+    for tried, point in enumerate(_more_points(tally)):
+        rows = tally.open_rows() if tried >= 2 else np.arange(len(tally.found))
+        spent += len(rows) if tried >= 2 else 0
+        if spent > again or not len(rows):
             return
-        tally.take(point, every if tried < 2 else tally.open_rows(), tried)
-    for place, height in itertools.product(tally.open_places()[:RAISED], (30.0, -30.0)):
-        tally.take(raised(tally.oracle.case.point, place, height), tally.open_rows(), 0)
+        tally.take(point, rows, tried)
+
+
+def _more_points(tally: Tally) -> Iterator[tuple[Tensor, ...]]:
+    point = tally.oracle.case.point
+    yield from elsewhere(point)
+    for place, way in itertools.product(tally.open_places(), _MOVED):
+        yield moved(point, place, way)
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Which entries were found, which have been other than zero, and which of those were missed."""
 
     oracle: Oracle
@@ -288,6 +312,7 @@ class _Tally:
         if matrix is not None:
             self.seen[rows] |= _nonzero(matrix, 0)
             self.missed[rows] |= _nonzero(matrix, ROUNDING) & ~self.found[rows]
+            self.seen = self.oracle.whole(self.seen)
 
 
 def _chosen(pattern: Pattern, rows: np.ndarray) -> np.ndarray:
@@ -325,10 +350,15 @@ def elsewhere(point: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(way(x) for x in point)
 
 
-def raised(point: Sequence[Tensor], column: int, height: float) -> tuple[Tensor, ...]:
+_MOVED = (lambda x: x + 30, lambda x: x - 30, lambda x: 0 * x + 1e-3)
+
+
+def moved(
+    point: Sequence[Tensor], place: int, way: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
     """The point with one coordinate moved away from the others."""
     flat = torch.cat([x.reshape(-1) for x in point])
-    flat[column] += height
+    flat[place] = way(flat[place])
     parts = flat.split([x.numel() for x in point])
     return tuple(part.reshape(x.shape) for part, x in zip(parts, point, strict=True))
 
@@ -340,16 +370,26 @@ class Oracle:
     case: Case
     size: int
     rows: np.ndarray
+    row_partners: np.ndarray
+    column_partners: np.ndarray
 
     @staticmethod
     def of(case: Case, most: int) -> Oracle | None:
-        """The oracle for at most so many rows; None where there is nothing to differentiate."""
-        entries = _entries(case, case.point, 0)[1]
+        """The oracle for about so many rows; None where there is nothing to differentiate."""
+        entries, complex_outputs = _entries(case, case.point, 0)[1:]
         if not any(y.requires_grad for y in entries) or sum(map(torch.numel, case.point)) > LONGEST:
             return None
-        size = sum(map(len, entries))
-        rows = np.random.default_rng(0).permutation(size)[:most]
-        return Oracle(case, size, np.sort(rows))
+        partners = _partners([len(y) for y in entries], complex_outputs)
+        chosen = np.random.default_rng(0).permutation(len(partners))[:most]
+        rows = np.union1d(chosen, partners[chosen])
+        columns = _partners([x.numel() for x in case.point], case.complex_inputs)
+        own = np.searchsorted(rows, partners[rows])
+        return Oracle(case, len(partners), rows, own, columns)
+
+    def whole(self, entries: np.ndarray) -> np.ndarray:
+        """A complex number is followed as one: what is true of one part is true of the other."""
+        entries = entries | entries[self.row_partners]
+        return entries | entries[:, self.column_partners]
 
     def first(self) -> np.ndarray | None:
         """All rows at the sample itself."""
@@ -363,7 +403,7 @@ class Oracle:
             return None
 
     def _matrix(self, point: Sequence[Tensor], rows: np.ndarray, seed: int) -> np.ndarray | None:
-        inputs, outs = _entries(self.case, point, seed)
+        inputs, outs, _ = _entries(self.case, point, seed)
         ends = np.cumsum([0, *map(len, outs)])
         if ends[-1] != self.size:
             return None
@@ -373,14 +413,24 @@ class Oracle:
         return torch.stack(found).numpy() if found else np.zeros((0, width))
 
 
+def _partners(sizes: Sequence[int], are_complex: Sequence[bool]) -> np.ndarray:
+    """For each scalar the other part of the same complex number, or itself."""
+    numbers = np.arange(sum(sizes))
+    flags = np.repeat(are_complex, sizes).astype(bool)
+    starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    return np.where(flags, starts + ((numbers - starts) ^ 1), numbers)
+
+
 def _entries(
     case: Case, point: Sequence[Tensor], seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Fresh inputs at a point, and the outputs there, flat."""
+) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    """Fresh inputs at a point, the outputs there, flat and real, and which of them are complex."""
     inputs = [x.detach().clone().requires_grad_() for x in point]
     with torch.enable_grad():
         torch.manual_seed(seed)
-        return inputs, [y.reshape(-1) for y in case.function(*inputs)]
+        outs = case.function(*inputs)
+        flat = [_as_real(y).reshape(-1) for y in outs]
+    return inputs, flat, [y.is_complex() for y in outs]
 
 
 def _row(entry: Tensor, inputs: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from pushforward.boundary import Arguments, as_real
 from pushforward.checks import agree
 from pushforward.compressed import Compressed
 from pushforward.evaluations import Evaluation
-from pushforward.factors import Split, factors, record_with_taps
+from pushforward.factors import Split, factors, pulled_through, record_with_taps
 from pushforward.meter import measure
 from pushforward.passes import Linearization, random_vectors
 from pushforward.planning import Recipe
@@ -23,6 +23,10 @@ from pushforward.tape import Tape, inside_a_transform, record, record_gradient
 
 # A call of an op takes about as long as so many operations.
 _CALL = 20_000.0
+# An evaluation of more work than this goes through the tape, and is verified on rows alone.
+_HEAVY = 2e9
+# How many rows are compared with the pattern there.
+_ROWS = 8
 # A program that takes more work than this is not made a second time in another way.
 _WORTH_COMPARING = 1e9
 # Programs hold all passes at once; with more entries than this they go in chunks instead.
@@ -53,7 +57,7 @@ def entries(
     scheme = recipe.candidate.scheme
     if isinstance(scheme, Split):
         tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, scheme)
-        return list(factors(Linearization(tape, recipe.batched), kept, scheme))
+        return list(factors(Linearization(tape, recipe.batched), kept, scheme, recipe.chunk))
     linear = linear or Linearization(mapping.tape(arguments), recipe.batched)
     if scheme is None:
         return [_whole(linear, recipe.candidate.jvps > 0)]
@@ -71,12 +75,15 @@ def _whole(linear: Linearization, by_columns: bool) -> Tensor:
     return linear.rows(0, tape.codomain.size).movedim(0, -2)
 
 
-def build(mapping: Map, arguments: Arguments, recipe: Recipe, memory: int | None) -> Recipe:
-    """Record the program of a recipe, where it can have one."""
+def build(
+    mapping: Map, arguments: Arguments, recipe: Recipe, memory: int | None, compiled: bool = False
+) -> Recipe:
+    """Record the program of a recipe, where it can have one, and compile it if that is wanted."""
     reason = _why_no_program(arguments, recipe, memory)
     if reason is None:
         try:
-            return _with_program(mapping, arguments, recipe)
+            made = _with_program(mapping, arguments, recipe)
+            return _handed_on(made) if compiled else made
         except CannotRecord as error:
             reason = str(error)
     return replace(recipe, notes=(*recipe.notes, f"through the tape: {reason}"))
@@ -90,6 +97,14 @@ def _with_program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Recipe:
             made.append(_attempt(mapping, arguments, replace(recipe, candidate=rival)))
     best = min(made, key=lambda attempt: attempt.work)
     return _completed(best.recipe, best.program)
+
+
+def _handed_on(recipe: Recipe) -> Recipe:
+    """The recipe with its program compiled by torch."""
+    assert recipe.evaluation is not None
+    note = "handed to torch.compile"
+    compiled = Evaluation(recipe.evaluation.program.compiled())
+    return replace(recipe, evaluation=compiled, notes=(*recipe.notes, note))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +141,20 @@ def _why_no_program(arguments: Arguments, recipe: Recipe, memory: int | None) ->
     candidate, passes = recipe.candidate, recipe.candidate.passes
     if memory is not None:
         return "a memory budget is kept to chunk by chunk"
-    if candidate.split is None and recipe.chunk < passes:
+    if is_heavy(recipe):
+        return "a pass is work enough, whatever calls it"
+    if recipe.chunk < passes:
         return f"{passes} passes go {recipe.chunk} at a time"
     if not recipe.batched:
         return "vectors go one by one"
     if inside_a_transform(arguments.tensors):
         return "a transform of torch.func is at work"
     return None
+
+
+def is_heavy(recipe: Recipe) -> bool:
+    """Whether an evaluation takes so long that what it is called by does not matter."""
+    return recipe.candidate.scheme is not None and recipe.candidate.work > _HEAVY
 
 
 def _program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Program:
@@ -155,7 +177,7 @@ def _program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Program:
         if isinstance(scheme, Split):
             tape, kept = record_with_taps(mapping.function, own, mapping.batch_dim, scheme)
             loans.append(tape.loan)
-            return list(factors(Linearization(tape, recipe.batched), kept, scheme))
+            return list(factors(Linearization(tape, recipe.batched), kept, scheme, recipe.chunk))
         tape = mapping.tape(own)
         loans.append(tape.loan)
         return entries(mapping, own, recipe, Linearization(tape, recipe.batched))
@@ -222,6 +244,14 @@ def _nearby(arguments: Arguments) -> Arguments:
 def _differs(mapping: Map, arguments: Arguments, recipe: Recipe) -> bool:
     linear = Linearization(mapping.tape(arguments), recipe.batched)
     (u,) = random_vectors(linear.tape.codomain, 1)
+    split = recipe.candidate.split
+    if split is not None and is_heavy(recipe):
+        tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, split)
+        through = pulled_through(Linearization(tape, recipe.batched), kept, split, u)
+        expected = linear.pull(u)
+        return not agree(through, expected, expected.abs().amax(), strict=True)
+    if recipe.candidate.compressed is not None and is_heavy(recipe):
+        return not _rows_fit(linear, recipe.candidate.compressed)
     if recipe.candidate.strategy == "diagonal":
         return not _diagonal_agrees(mapping, arguments, recipe, linear)
     found, scale = _pulled(planned(mapping, arguments, recipe, linear), recipe, u[0])
@@ -251,6 +281,23 @@ def planned(
     if recipe.evaluation is None:
         return entries(mapping, arguments, recipe, linear)
     return recipe.evaluation.program(*real_inputs(arguments), *arguments.others)
+
+
+def _rows_fit(linear: Linearization, scheme: Compressed) -> bool:
+    """Whether a few rows, taken at random, have no entry outside of the pattern."""
+    m, n = scheme.pattern.shape
+    chosen = torch.randperm(m, generator=torch.Generator().manual_seed(0))[:_ROWS]
+    lead = linear.tape.domain.lead
+    units = torch.zeros(len(chosen), m, dtype=scheme.dtype, device=scheme.device)
+    units[torch.arange(len(chosen)), chosen] = 1
+    rows = linear.pull(units.reshape(len(chosen), *(1 for _ in lead), m).expand(-1, *lead, -1))
+    for row, place in zip(rows.reshape(len(chosen), -1, n), chosen.tolist(), strict=True):
+        start, stop = scheme.pattern.indptr[place : place + 2]
+        allowed = torch.zeros(n, dtype=torch.bool, device=row.device)
+        allowed[torch.from_numpy(scheme.pattern.indices[start:stop])] = True
+        if bool((row[:, ~allowed] != 0).any()):
+            return False
+    return True
 
 
 def _pulled(parts: Sequence[Tensor], recipe: Recipe, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,8 +331,9 @@ def _diagonal_agrees(
     scheme = recipe.candidate.compressed
     assert scheme is not None
     whole = scheme.diagonal(values)
-    for place in {0, len(whole.mT) // 2, scheme.pattern.shape[0] - 1}:
-        if 0 <= place < scheme.pattern.shape[0]:
+    size = scheme.pattern.shape[0]
+    for place in {0, size // 2, size - 1}:
+        if 0 <= place < size:
             row = linear.rows(place, place + 1)[0][..., place]
             if not agree(whole[..., place], row, row.abs()):
                 return False

@@ -29,6 +29,7 @@ def jacobian(
     batch_dim: int | None = None,
     plan: str | Plan = "auto",
     memory: int | None = None,
+    compile: bool = False,
 ) -> Jacobian:
     """The Jacobian of ``f`` at a point: d out_i / d in_j, lazy and exact.
 
@@ -40,6 +41,8 @@ def jacobian(
             independent samples, and every result is then per sample.
         plan: "auto", the name of a strategy ("reverse", "forward", "loop"), or a `Plan`.
         memory: a budget in bytes for what is allocated.
+        compile: hand the program of the plan to ``torch.compile``: slower to make, and faster where
+            a program has many small ops.
 
     Returns:
         A `Jacobian`. Its results are differentiable with respect to the inputs and to every
@@ -61,7 +64,7 @@ def jacobian(
         tensor([[12.,  3.,  2.],
                 [12., 12.,  4.]])
     """
-    return _at(f, args, argnums, batch_dim, plan, memory, "jacobian")
+    return _at(f, args, argnums, batch_dim, plan, memory, "jacobian", compile)
 
 
 def hessian(
@@ -71,12 +74,13 @@ def hessian(
     batch_dim: int | None = None,
     plan: str | Plan = "auto",
     memory: int | None = None,
+    compile: bool = False,
 ) -> Jacobian:
     """The Hessian of a scalar ``f`` at a point: d^2 f / d in_i d in_j, lazy, exact, symmetric.
 
     Args:
         f: a callable or module with one output scalar (per sample with ``batch_dim=0``).
-        *args, argnums, batch_dim, plan, memory: as in `jacobian`; "reverse" or "loop" for plan.
+        *args, argnums, batch_dim, plan, memory, compile: as in `jacobian`.
 
     Returns:
         A `Jacobian` of the gradient, n x n; ``dense()`` is ``in.shape + in.shape``, ``value`` is
@@ -95,7 +99,7 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    return _at(f, args, argnums, batch_dim, plan, memory, "hessian")
+    return _at(f, args, argnums, batch_dim, plan, memory, "hessian", compile)
 
 
 def plan(
@@ -105,13 +109,15 @@ def plan(
     batch_dim: int | None = None,
     quantity: str = "jacobian",
     memory: int | None = None,
+    compile: bool = False,
 ) -> Plan:
     """Plan the Jacobian (or Hessian) of ``f`` for arguments like these, and print it if you like.
 
     Args:
-        f, argnums, batch_dim, memory: as in `jacobian`.
+        f, argnums, batch_dim, memory, compile: as in `jacobian`.
         *example_args: arguments with the shapes and dtypes that are to come.
-        quantity: "jacobian" or "hessian".
+        quantity: "jacobian", "hessian", or "diagonal" for a Jacobian of which only the diagonal (or
+            the trace) is wanted.
 
     Returns:
         A `Plan`: ``plan(*args)`` is the Jacobian at other arguments.
@@ -125,7 +131,7 @@ def plan(
         3
     """
     check_quantity(quantity)
-    return _at(f, example_args, argnums, batch_dim, "auto", memory, quantity).plan
+    return _at(f, example_args, argnums, batch_dim, "auto", memory, quantity, compile).plan
 
 
 def _at(
@@ -136,6 +142,7 @@ def _at(
     wanted: str | Plan,
     memory: int | None,
     quantity: str,
+    compiled: bool = False,
 ) -> Jacobian:
     if not callable(f):
         raise InputError(f"expected a function or module to differentiate, got {type(f).__name__}")
@@ -144,7 +151,7 @@ def _at(
     if isinstance(wanted, Plan):
         _refuse_other_terms(wanted, arguments.argnums, memory)
         return _follow(replace(wanted, function=f), arguments, quantity)
-    request = _Request(Map(f, batch_dim, quantity), arguments, wanted, memory)
+    request = _Request(Map(f, batch_dim, quantity), arguments, wanted, memory, compiled)
     return _remembered(request) or _anew(request)
 
 
@@ -156,6 +163,7 @@ class _Request:
     arguments: Arguments
     wanted: str
     memory: int | None
+    compiled: bool = False
 
     @property
     def key(self) -> Any:
@@ -165,6 +173,7 @@ class _Request:
             self.map.quantity,
             self.map.batch_dim,
             self.memory,
+            self.compiled,
             self.arguments.argnums,
             self.arguments.domain.signature,
         )
@@ -227,7 +236,7 @@ def _anew(request: _Request) -> Jacobian:
             mapping.function, structure.guards, arguments.others, tape.loan.original
         ),
     )
-    recipe = build(mapping, arguments, recipe, request.memory)
+    recipe = build(mapping, arguments, recipe, request.memory, request.compiled)
     wrong = verify(mapping, arguments, recipe)
     if wrong is not None:
         recipe = plain_again(problem, replace(recipe, evaluation=None), wrong)
@@ -268,7 +277,16 @@ def _plan(request: _Request, tape: Tape, recipe: Recipe) -> Plan:
         tape.mode,
         _replan,
         request.wanted,
+        _diagonal_by,
+        request.compiled,
     )
+
+
+def _diagonal_by(plan: Plan, arguments: Arguments) -> Jacobian:
+    """The same map at the same point, planned for its diagonal alone."""
+    mapping = Map(plan.function, plan.batch_dim, "diagonal")
+    request = _Request(mapping, arguments, "auto", plan.memory)
+    return _remembered(request) or _anew(request)
 
 
 def _refuse_other_terms(plan: Plan, argnums: int | tuple[int, ...], memory: int | None) -> None:
@@ -297,7 +315,7 @@ def _follow(plan: Plan, arguments: Arguments, quantity: str) -> Jacobian:
     found = _by(plan, arguments) if _holds(plan, arguments) else None
     if found is not None:
         return found
-    made = _anew(_Request(plan.map, arguments, plan.wanted, plan.memory))
+    made = _anew(_Request(plan.map, arguments, plan.wanted, plan.memory, plan.compiled))
     if plan.codomain.signature != made.plan.codomain.signature:
         came = made.plan.codomain.describe()
         raise PlanError(_misfit("output", plan.codomain.describe(), came))

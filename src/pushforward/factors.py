@@ -94,6 +94,11 @@ class Split:
         return ", ".join(f"width {cut.width} at {cut.name}" for cut in chosen)
 
     @property
+    def width(self) -> int:
+        """The width of the narrowest cut that is used: of the inner side of the two factors."""
+        return min(self.cuts[place - 1].width for place in self.used)
+
+    @property
     def narrowest(self) -> int:
         """Which of the factors, counted from the output's, end at or before the narrowest cut."""
         widths = [self.cuts[place - 1].width for place in self.used]
@@ -116,11 +121,14 @@ def record_with_taps(
 
 
 def factors(
-    linear: Linearization, kept: Sequence[tuple[Tensor, ...]], split: Split
+    linear: Linearization, kept: Sequence[tuple[Tensor, ...]], split: Split, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The two factors ``([B,] m, w)`` and ``([B,] w, n)`` around the narrowest cut that is used."""
+    """The two factors ``([B,] m, w)`` and ``([B,] w, n)`` around the narrowest cut that is used.
+
+    ``chunk`` passes go together.
+    """
     bounds = [linear.tape.inputs, *kept, linear.tape.outputs]
-    parts = [_factor(linear, bounds, leaf, split.lead) for leaf in split.way.leaves]
+    parts = [_factor(linear, bounds, leaf, split.lead, chunk) for leaf in split.way.leaves]
     place = split.narrowest
     return _product(parts[:place]), _product(parts[place:])
 
@@ -137,11 +145,27 @@ def _product(parts: Sequence[Tensor]) -> Tensor:
     return product
 
 
+def pulled_through(
+    linear: Linearization, kept: Sequence[tuple[Tensor, ...]], split: Split, u: Tensor
+) -> Tensor:
+    """J^T u from cut to cut: J^T u itself, if everything goes through the cuts."""
+    bounds = [linear.tape.inputs, *kept, linear.tape.outputs]
+    cotangents = linear.tape.codomain.split(u)
+    for leaf in split.way.leaves:
+        low, high = bounds[leaf.start], bounds[leaf.stop]
+        cotangents, _ = gradients_of(high, low, cotangents, len(u), False, linear.batched)
+    return linear.tape.domain.join(cotangents)
+
+
 def _factor(
-    linear: Linearization, bounds: Sequence[Sequence[Tensor]], leaf: Way, lead: tuple[int, ...]
+    linear: Linearization,
+    bounds: Sequence[Sequence[Tensor]],
+    leaf: Way,
+    lead: tuple[int, ...],
+    chunk: int,
 ) -> Tensor:
     low, high = bounds[leaf.start], bounds[leaf.stop]
-    part = _Part(linear, low, high, lead)
+    part = _Part(linear, low, high, lead, chunk)
     if leaf.kind == "rows":
         return part.rows().movedim(0, -2)
     return part.columns().movedim(0, -1)
@@ -155,6 +179,7 @@ class _Part:
     low: Sequence[Tensor]
     high: Sequence[Tensor]
     lead: tuple[int, ...]
+    chunk: int
 
     def rows(self) -> Tensor:
         """All rows at once, ``(rows, [B,] width of low)``."""
@@ -180,9 +205,13 @@ class _Part:
     def _pull(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: list[Tensor]
     ) -> list[Tensor]:
-        count, create = len(seeds[0]), self.linear.keeps_graph
-        found, _ = gradients_of(outputs, inputs, seeds, count, create, self.linear.batched)
-        return found
+        create, batched = self.linear.keeps_graph, self.linear.batched
+        chunks = zip(*(seed.split(max(self.chunk, 1)) for seed in seeds), strict=True)
+        parts = [
+            gradients_of(outputs, inputs, list(some), len(some[0]), create, batched)[0]
+            for some in chunks
+        ]
+        return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
 
     def _units(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Unit vectors of a boundary, each ``(width, *tensor)``, the same for each sample."""

@@ -314,6 +314,8 @@ class Jacobian(LinearOperator):
             DimensionError: m and n differ.
         """
         self._require_square("diagonal")
+        if self.plan.strategy == "diagonal":
+            return self.plan.recipe.candidate.scheme.diagonal(*self._planned())
         if self.plan.scheme is not None:
             return self._planned_diagonal()
         if self.plan.has_program:
@@ -328,15 +330,12 @@ class Jacobian(LinearOperator):
     def _planned_diagonal(self) -> Tensor:
         """The diagonal out of what the plan gives, or by a cheaper plan of its own."""
         if self._parts is None and self.plan.compressed is not None:
-            cheaper = self.plan.for_diagonal(self._arguments, self._linear_at_hand())
+            cheaper = self.plan.for_diagonal(self._arguments)
             if cheaper is not None:
                 return cheaper
         scheme = self.plan.scheme
         assert scheme is not None
         return scheme.diagonal(*self._planned())
-
-    def _linear_at_hand(self) -> Linearization | None:
-        return self._made
 
     def fro_norm(self) -> Tensor:
         """||J||_F, the root of the sum of the squared entries, ([B,]).

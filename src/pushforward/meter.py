@@ -18,12 +18,13 @@ OPERATIONS_PER_BYTE = 3.0
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, bytes written, and the most bytes held at once."""
+    """Floating-point operations, bytes written, the most bytes held at once, and calls of ops."""
 
     flops: int
     moved: int
     peak: int
     held: int
+    ops: int = 0
 
     @property
     def work(self) -> float:
@@ -36,7 +37,7 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.moved = self.held = self.peak = 0
+        self.flops = self.moved = self.held = self.peak = self.ops = 0
         self._known: set[int] = set()
 
     @classmethod
@@ -51,6 +52,7 @@ class _Meter(TorchDispatchMode):
                 self._known.add(_storage_key(tensor))
         result = func(*args, **kwargs)
         self.flops += flops_of(func, args, kwargs, result)
+        self.ops += 1
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
@@ -86,4 +88,4 @@ def measure(work: Callable[[], Any]) -> tuple[Any, Cost]:
     """Run ``work`` and count what it did; its result is held while ``held`` is read."""
     with _Meter() as meter:
         result = work()
-    return result, Cost(meter.flops, meter.moved, meter.peak, meter.held)
+    return result, Cost(meter.flops, meter.moved, meter.peak, meter.held, meter.ops)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pushforward.boundary import Arguments, Layout
 from pushforward.building import Map, evaluate
 from pushforward.compressed import Compressed
+from pushforward.costs import Prediction, of_recipe
 from pushforward.factors import Split
 from pushforward.passes import Linearization
 from pushforward.pattern import Pattern
@@ -47,6 +48,8 @@ class Plan:
     mode: tuple[bool, ...]
     make: Callable[..., Any]
     wanted: str = "auto"
+    diagonal_by: Callable[..., Any] | None = None
+    compiled: bool = False
 
     @property
     def strategy(self) -> str:
@@ -117,6 +120,11 @@ class Plan:
         """Whether all entries come from a flat program."""
         return self.recipe.evaluation is not None and self.entries_are_all
 
+    @cached_property
+    def cost(self) -> Prediction | None:
+        """What one evaluation takes: FLOPs, bytes, ops, and the seconds predicted here."""
+        return of_recipe(self.recipe, self.domain, self.codomain)
+
     @property
     def map(self) -> Map:
         """The map, as it is recorded."""
@@ -130,9 +138,13 @@ class Plan:
         """What the scheme gives at some arguments: values in order, or two factors."""
         return evaluate(self.map, arguments, self.recipe, linear)
 
-    def for_diagonal(self, arguments: Arguments, linear: Linearization | None) -> Tensor | None:
+    def for_diagonal(self, arguments: Arguments) -> Tensor | None:
         """The diagonal with fewer passes than all entries take; None where there is no such way."""
-        return None
+        if self.diagonal_by is None or self.quantity != "jacobian" or self.passes < 2:
+            return None
+        other = self.diagonal_by(self, arguments)
+        fewer = other.plan.strategy == "diagonal" and other.plan.passes < self.passes
+        return other.diagonal() if fewer else None
 
     def __call__(self, *args: Any) -> Any:
         """The Jacobian at other arguments of the same shapes and dtypes.

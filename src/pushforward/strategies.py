@@ -29,6 +29,8 @@ _LARGE_PASS = 1 << 21
 _KEPT_ENTRIES = 1 << 23
 # Up to so many times the passes, a kind of pass may still turn out to be the cheaper one.
 _RIVAL = 1.6
+# Patterns with more entries are coloured by one kind of pass alone.
+_COLORED_TWICE = 1 << 20
 # What the plain route must cost, as a multiple, for another to be worth its bookkeeping.
 WORTHWHILE = 1.3
 
@@ -161,7 +163,16 @@ def sparse(problem: Problem) -> Candidate | str:
         return problem.structure.note or "no structure is known"
     if pattern.nnz == pattern.shape[0] * pattern.shape[1]:
         return "every entry may be nonzero"
+    least = _least_share(pattern)
+    if least * WORTHWHILE > 1 and not _is_arrow(pattern):
+        return f"any colouring takes {least:.0%} of the passes or more"
     return _fewest(problem, pattern)
+
+
+def _least_share(pattern: Pattern) -> float:
+    """The share of rows, or of columns, that must stay passes of their own."""
+    m, n = pattern.shape
+    return min(_longest(pattern.column_lengths) / max(m, 1), _longest(pattern.row_lengths) / max(n, 1))
 
 
 def _fewest(problem: Problem, pattern: Pattern) -> Candidate | str:
@@ -171,14 +182,33 @@ def _fewest(problem: Problem, pattern: Pattern) -> Candidate | str:
 
 
 def _colorings(problem: Problem, pattern: Pattern) -> list[Coloring]:
+    """By the kind of pass that is cheaper first; by the other where that may take less work."""
     tape = problem.linear.tape
-    found = [
-        by_rows(pattern, _grid(tape.codomain, pattern.shape[0])),
-        by_columns(pattern, _grid(tape.domain, pattern.shape[1])),
-    ]
+    ways = {
+        "rows": lambda: by_rows(pattern, _grid(tape.codomain, pattern.shape[0])),
+        "columns": lambda: by_columns(pattern, _grid(tape.domain, pattern.shape[1])),
+    }
+    least = {"rows": _longest(pattern.column_lengths), "columns": _longest(pattern.row_lengths)}
+    first = min(ways, key=lambda way: least[way])
+    (second,) = ways.keys() - {first}
+    found = [ways[first]()]
+    if least[second] <= _RIVAL * found[0].passes and pattern.nnz <= _COLORED_TWICE:
+        found.append(ways[second]())
     fewest = min(coloring.passes for coloring in found)
-    mixed = by_both(pattern, fewest) if fewest > 3 else None
+    mixed = by_both(pattern, fewest) if fewest > 3 and _is_arrow(pattern) else None
     return found if mixed is None or mixed.passes >= fewest else [*found, mixed]
+
+
+def _longest(lengths: np.ndarray) -> int:
+    return int(lengths.max(initial=0))
+
+
+def _is_arrow(pattern: Pattern) -> bool:
+    """Whether a few rows, and a few columns, are much longer than most."""
+    return all(
+        _longest(lengths) > 2 * lengths.mean()
+        for lengths in (pattern.row_lengths, pattern.column_lengths)
+    )
 
 
 def _grid(side: object, size: int) -> tuple[int, ...] | None:

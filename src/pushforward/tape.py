@@ -159,8 +159,9 @@ def _evaluate(
             watch.start(inputs, arguments.others, arguments.domain)
         with _nested(), _watched(watch):
             value = function(*arguments.substitute(_fresh(arguments, inputs)))
-        leaves, codomain = _outputs(value, arguments, batch_dim)
-        outputs = tuple(as_real(leaf) for leaf in codomain.select(leaves))
+            leaves, codomain = _outputs(value, arguments, batch_dim)
+            # Watched too: a conjugate that nobody has looked at yet is computed here.
+            outputs = tuple(as_real(leaf) for leaf in codomain.select(leaves))
         census = take_census(outputs, inputs, given, attach)
     if not census.attached:
         value = _detached(leaves, codomain)

@@ -199,6 +199,15 @@ def test_made_masks_keep_the_order_of_their_inputs():
     assert pattern.sum(1).tolist() == [0, 1, 2, 3]
 
 
+def test_zeros_around_parameters_are_structure():
+    weight = nn.Parameter(draw(3, 3))
+    exact(lambda x: weight.tril() @ x, draw(3))
+    exact(lambda x: torch.block_diag(weight, weight[:1, :2]) @ x, draw(5))
+    exact(lambda x: F.pad(weight, (1, 0)) @ x, draw(4))
+    exact(lambda x, w: w.triu(1) @ x, draw(3), draw(3, 3))
+    exact(lambda x, w: (w * BAND[:3, :3]) @ x, draw(3), draw(3, 3))
+
+
 def test_a_parameter_that_is_zero_stays():
     weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
     assert detect(lambda x: F.linear(x, weight), draw(3)).pattern.nnz == 6

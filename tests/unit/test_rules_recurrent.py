@@ -120,7 +120,7 @@ def test_branches_on_values_hold_at_this_point():
 
 def test_loops_that_end_by_a_value_hold_at_this_point():
     def damped(x):
-        while float(x.norm()) > 0.5:
+        while float(x.detach().norm()) > 0.5:
             x = x / 2 - x.roll(1) / 8
         return x
 

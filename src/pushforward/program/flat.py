@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pushforward.program.recorder import CannotRecord, Instruction, Recorder, Recording, Slot
 from pushforward.program.shortcuts import shortened
+from pushforward.program.tally import Op, tally
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ class Program:
         guards: how many values are compared with what they were.
         source: the function as text.
         varies: whether any output depends on the inputs; where none does, one run serves all.
+        ops: what each op does, to predict costs by.
     """
 
     run: Callable[..., tuple[Tensor, ...]]
@@ -40,6 +42,20 @@ class Program:
     guards: int
     source: str = field(repr=False)
     varies: bool = True
+    ops: tuple[Op, ...] = field(default=(), repr=False)
+    traceable: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def compiled(self) -> Program:
+        """The same program, handed to ``torch.compile``; what that makes is made at the first run.
+
+        Raises:
+            CannotRecord: it compares values with what they were, which a compiler cannot.
+        """
+        if self.guards:
+            raise CannotRecord("it has guards, which torch.compile cannot look at")
+        names = dict(self.traceable)
+        exec(compile(self.source, "<program>", "exec"), names)
+        return replace(self, run=torch.compile(names["run"], fullgraph=True, dynamic=False))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self.run(*inputs, *[external() for external in self.externals])
@@ -91,8 +107,9 @@ def _compiled(
         _holder(recording.externals[slot], owned) for slot in writer.used_externals
     )
     guards = sum(not i.outs for i in recording.instructions)
-    varies = _depends(recording, outputs)
-    return Program(names["run"], externals, len(recording.instructions), guards, source, varies)
+    varies, ops = _depends(recording, outputs), tally(recording)
+    run, traceable = names["run"], {**names, **writer.overloads}
+    return Program(run, externals, len(ops), guards, source, varies, ops, traceable)
 
 
 def _holder(tensor: Tensor, owned: Callable[[Tensor], bool]) -> Callable[[], Tensor | None]:
@@ -117,6 +134,7 @@ class _Writer:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.names: dict[str, Any] = {"Stale": Stale}
+        self.overloads: dict[str, Any] = {}
         self.used_externals: dict[Slot, None] = {}
         self._lines: list[str] = []
         self._last = self._last_uses()
@@ -206,7 +224,9 @@ class _Writer:
         name = func.overloadpacket.__name__
         if name in _DIRECT and func._overloadname in ("default", "Tensor", "int"):
             return self._named(name, getattr(torch, name))
-        return self._named(f"{name}_{func._overloadname}", func._op)
+        name = f"{name}_{func._overloadname}"
+        self.overloads[name] = func  # what a compiler can look into
+        return self._named(name, func._op)
 
 
 # Functions of torch with the arguments of the op, called in half the time.

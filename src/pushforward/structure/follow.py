@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pushforward.purity import custom_functions
 from pushforward.structure.graph import Graph, Step
 from pushforward.structure.rules import RULES, Call
 from pushforward.structure.rules.affine import is_affine
+from pushforward.structure.rules.movement import MAKE_ZEROS
 from pushforward.structure.rules.pointwise import pointwise
 from pushforward.structure.rules.registry import Numbers, without_derivative
 from pushforward.structure.rules.sparse import MAKERS, are_strided, sparse_rule, stored
@@ -89,7 +91,7 @@ class Follower(TorchDispatchMode):
     @contextmanager
     def following(self) -> Iterator[None]:
         """Follow the ops that run inside, custom functions among them."""
-        with custom_functions(self._custom), self:
+        with custom_functions(self._custom), _Exits(self), self:
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,7 +119,8 @@ class Follower(TorchDispatchMode):
         """The sets of a tensor's elements, shaped like it."""
         shadow = self._shadow(tensor)
         found = look(shadow, stored(tensor), self.sets)
-        return found if shadow.hidden or _carries(tensor) else without_derivative(found)
+        seen = shadow.hidden or self._parent is not None or _carries(tensor)
+        return found if seen else without_derivative(found)
 
     def _before(
         self, func: Any, args: Any, kwargs: Any
@@ -205,10 +208,14 @@ class Follower(TorchDispatchMode):
         ):
             return call.same_everywhere(np.ones((), np.int32))
         uniform = _alike([read[id(t)] for t in tensors])
-        if uniform is not None and uniform < FIRST:
+        if uniform == EMPTY or (uniform == VARIES and not self._makes_constants(call, tensors)):
             return call.same_everywhere(np.full((), uniform, np.int32))
         rule = rule_of(func) if are_strided((*tensors, *call.outputs)) else sparse_rule(call)
         return list(rule(call) if rule is not None else self._dense(call, func))
+
+    def _makes_constants(self, call: Call, tensors: list[Tensor]) -> bool:
+        """Whether some of what comes of values that vary may be constant."""
+        return call.op in MAKE_ZEROS or any(self._shadow(t).sunk is not None for t in tensors)
 
     def _dense(self, call: Call, func: Any, count: int | None = None) -> list[Numbers]:
         numbers = call.everything()
@@ -240,7 +247,17 @@ class Follower(TorchDispatchMode):
     def _branch(self, tensors: list[Tensor], read: dict[int, Numbers]) -> None:
         """Python looks at a value: constant ones are guarded, others hold at this point only."""
         for tensor in tensors:
-            self._note(tensor, not bool((read[id(tensor)] == EMPTY).all()))
+            self._look_at(tensor, read[id(tensor)])
+
+    def leaves(self, tensor: Tensor) -> None:
+        """A tensor is handed to code that is not torch's: as if Python looked at all of it."""
+        if self.failure is None:
+            self._look_at(tensor, self.numbers(tensor))
+
+    def _look_at(self, tensor: Tensor, numbers: Numbers) -> None:
+        if self._parent is not None and _active(numbers):
+            self.failure = "its backward looks at values of gradients"
+        self._note(tensor, not bool((numbers == EMPTY).all()))
 
     def _note(self, tensor: Tensor, varying: bool) -> None:
         if varying:
@@ -286,6 +303,9 @@ class Follower(TorchDispatchMode):
     def _meet(self, tensor: Tensor) -> Shadow:
         """A tensor from outside: parameters vary, other constants are structure."""
         if self._parent is not None:
+            if not (self._parent.knows(tensor) or isinstance(tensor, torch.nn.Parameter)):
+                # It may come of gradients by ways outside of torch.
+                self.failure = "its backward takes tensors from elsewhere"
             return self._add(tensor, VARIES)
         varies = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
         shadow = self._add(tensor, VARIES if varies else EMPTY)
@@ -294,6 +314,10 @@ class Follower(TorchDispatchMode):
             self._external[name] = tensor
             shadow.sources = frozenset({name})
         return shadow
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor was met before."""
+        return _key(tensor) in self._shadows
 
     def _add(self, tensor: Tensor, number: int) -> Shadow:
         self._names += 1
@@ -318,9 +342,11 @@ class Follower(TorchDispatchMode):
         shadow.sources |= sources
         shadow.sunk = None
         shadow.version += not fresh
-        count = tensor.untyped_storage().nbytes() // max(shadow.unit, 1)
+        shadow.refine(tensor.element_size())
+        whole = tensor.untyped_storage().nbytes()
+        count = whole // max(shadow.unit, 1)
         first = _alike([numbers])
-        if first is not None and tensor.numel() == count:
+        if first is not None and tensor.numel() * tensor.element_size() == whole:
             shadow.numbers = first
             return
         assign(shadow.spread(count), shadow.unit, tensor, numbers)
@@ -329,6 +355,23 @@ class Follower(TorchDispatchMode):
         """What stands for the present content of a tensor's storage."""
         shadow = self._shadow(tensor)
         return (shadow.name, shadow.version)
+
+
+# By these a tensor leaves torch, with no op that tells of it.
+_EXITS = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__})
+
+
+class _Exits(TorchFunctionMode):
+    """Tells a follower of tensors that leave torch."""
+
+    def __init__(self, follower: Follower) -> None:
+        super().__init__()
+        self._follower = follower
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _EXITS:
+            self._follower.leaves(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def rule_of(func: Any) -> Any:
@@ -405,7 +448,7 @@ def _backward_reach(follower: Follower, given: list[Tensor], outs: list[Tensor])
     ]
     inner = Follower(probes, labels, int(starts[-1]), parent=follower)
     try:
-        with torch.enable_grad(), inner:
+        with torch.enable_grad(), _disable_current_modes(), inner:
             gradients = torch.autograd.grad(
                 outs, given, probes, retain_graph=True, create_graph=True, allow_unused=True
             )
@@ -415,6 +458,8 @@ def _backward_reach(follower: Follower, given: list[Tensor], outs: list[Tensor])
     except Exception:  # a backward in Python can fail in any way
         return None
     follower.guards.at_point |= inner.guards.at_point
+    for name, count in inner.dense_ops.items():
+        follower.dense_ops[name] = follower.dense_ops.get(name, 0) + count
     return _Transposed(follower.sets, inner.sets, starts, [tuple(p.shape) for p in probes], found)
 
 

@@ -193,8 +193,9 @@ class Sets:
         rows = merged.take(chosen) if isinstance(merged, _Lists) else merged[chosen]
         hashes = rows.hashes(self._weights) if isinstance(rows, _Lists) else self._hashed(rows)
         unique, index, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        known = self._known if len(unique) <= _LOOKED_UP else {}
-        numbers = np.array([known.get(each, -1) for each in unique.tolist()], np.int64)
+        numbers = np.full(len(unique), -1)
+        if len(unique) <= _LOOKED_UP:
+            numbers[:] = [self._known.get(each, -1) for each in unique.tolist()]
         new = index[numbers < 0]
         if len(new):
             fresh = np.arange(len(new)) + len(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +35,13 @@ class Shadow:
             self.numbers = np.full(count, self.numbers, np.int32)
         return self.numbers
 
+    def refine(self, size: int) -> None:
+        """Count in elements of ``size`` bytes from now on, where that is finer."""
+        if size < self.unit:
+            if not isinstance(self.numbers, int):
+                self.numbers = np.repeat(self.numbers, self.unit // size)
+            self.unit, self.sunk = size, None
+
 
 def look(shadow: Shadow, tensor: Tensor, sets: Sets) -> Numbers:
     """Read the numbers of a storage through the geometry of a tensor."""
@@ -62,19 +68,17 @@ def _through(numbers: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def assign(shadow: np.ndarray, unit: int, tensor: Tensor, numbers: Numbers) -> None:
-    """Write numbers into the array of a storage through the geometry of a tensor."""
+    """Write numbers into the array of a storage, counted in parts of a tensor's elements."""
     size = tensor.element_size()
     if tensor.numel() == 0:
         return
     if size == unit:
         _through(shadow, tensor)[...] = numbers
         return
-    ratio = unit / size if size < unit else size // unit
-    places = _through(np.arange(math.ceil(len(shadow) * max(ratio, 1 / ratio))), tensor)
-    if size < unit:  # parts of an element: it keeps what its other parts depend on
-        raise NotImplementedError("writing into a part of a complex number")
-    for part in range(int(ratio)):
-        shadow[(places * int(ratio) + part)] = numbers
+    ratio = size // unit
+    places = _through(np.arange(len(shadow) // ratio), tensor)
+    for part in range(ratio):
+        shadow[places * ratio + part] = numbers
 
 
 def look_sunk(shadow: Shadow, tensor: Tensor) -> np.ndarray | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pushforward.structure.rules.reductions import prefixes
 from pushforward.structure.rules.registry import Call, Numbers, rule, without_derivative
 
 aten = torch.ops.aten
@@ -162,6 +163,8 @@ def _substituted(
 
 def _downwards(call: Call, rows: Numbers, kept: np.ndarray) -> Numbers:
     """Each row joined by the rows above it that its row of the matrix reaches."""
+    if kept[..., *np.tril_indices(kept.shape[-1], -1)].all():
+        return prefixes(call, np.moveaxis(rows, -2, 0), -2)
     found = np.array(rows)
     for i in range(1, found.shape[-2]):
         reached = kept[..., i, :i]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pushforward.structure.rules.reductions import prefixes
 from pushforward.structure.rules.registry import Call, Numbers, rule
 
 aten = torch.ops.aten
@@ -180,23 +182,53 @@ def _product(
     keep_a = np.ones(a.shape, bool) if keep_a is None else keep_a
     keep_b = np.ones(b.shape, bool) if keep_b is None else keep_b
     columns, where = _unique_columns(b, keep_b)
-    if len(columns) <= len(a):
-        parts = [_against(call, a, keep_a, b[:, j], keep_b[:, j]) for j in columns]
-        return np.stack(parts, 1)[:, where] if parts else np.zeros((len(a), b.shape[1]), np.int32)
-    return _product(call, b.T, a.T, keep_b.T, keep_a.T).T
+    if len(columns) > len(a):
+        return _product(call, b.T, a.T, keep_b.T, keep_a.T).T
+    if len(columns) == 0:
+        return np.zeros((len(a), b.shape[1]), np.int32)
+    cuts: dict[bytes, tuple[Cut, Numbers]] = {}
+    parts = []
+    for j in columns:
+        key = keep_b[:, j].tobytes()
+        if key not in cuts:
+            kept = keep_a & keep_b[:, j]
+            cuts[key] = _cut(kept), _cut_rows(call, a, kept)
+        cut, left = cuts[key]
+        parts.append(call.sets.unite(left, _below(call, cut, b[:, j])))
+    return np.stack(parts, 1)[:, where]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which inner places each row keeps: those from one start to the next.
+
+    Where each row keeps what the one before it does (a causal mask), only what is new is listed.
+    """
+
+    starts: np.ndarray
+    inner: np.ndarray
+    grows: bool
+
+
+def _cut(kept: np.ndarray) -> Cut:
+    grows = len(kept) > 1 and bool((kept[1:] >= kept[:-1]).all())
+    new = kept & ~np.concatenate([kept[:1] & False, kept[:-1]]) if grows else kept
+    rows, inner = np.nonzero(new)
+    return Cut(np.searchsorted(rows, np.arange(len(kept) + 1)), inner, grows)
+
+
+def _below(call: Call, cut: Cut, column: Numbers) -> Numbers:
+    """For each row the union of what it keeps of a column."""
+    found = call.sets.unite_groups(cut.starts, column[cut.inner])
+    return prefixes(call, found, 0) if cut.grows else found
+
+
+def _cut_rows(call: Call, a: Numbers, kept: np.ndarray) -> Numbers:
+    """For each row the union of what is kept of itself."""
+    return call.sets.unite_axis(np.where(kept, a, 0), 1)
 
 
 def _unique_columns(b: Numbers, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     both = np.concatenate([b, keep.astype(b.dtype)]).T
     _, index, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
     return index, inverse.reshape(-1)
-
-
-def _against(
-    call: Call, a: Numbers, keep_a: np.ndarray, column: Numbers, keep: np.ndarray
-) -> Numbers:
-    """One column of the product: for each row, the union over what is not cut away."""
-    rows, inner = np.nonzero(keep_a & keep)
-    members = call.sets.unite(a[rows, inner], column[inner])
-    starts = np.searchsorted(rows, np.arange(len(a) + 1))
-    return call.sets.unite_groups(starts, members)

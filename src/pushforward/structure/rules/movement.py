@@ -41,6 +41,11 @@ MOVES = (
 )
 
 
+# What comes of these is partly zero whatever they are given.
+MAKE_ZEROS = frozenset(
+    """tril triu constant_pad_nd diag_embed block_diag im2col slice_backward select_backward
+    diagonal_backward unfold_backward linalg_cholesky_ex linalg_qr linalg_lu lu_unpack""".split()
+)
 # Which argument of some of them says where from or where to.
 _POINTERS = {
     **dict.fromkeys((aten.index, aten._unsafe_index, aten.take, aten.masked_select), 1),
@@ -84,7 +89,7 @@ def _sunk(call: Call, tensor: Tensor) -> np.ndarray:
 
 def _pointers(call: Call) -> dict[int, Tensor]:
     """The indices and masks of a call."""
-    place = _POINTERS.get(call.func.overloadpacket)
+    place = _POINTERS.get(getattr(aten, call.op, None))
     leaves = [] if place is None else pytree.tree_leaves(call.args[place])
     return {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
 
@@ -108,6 +113,16 @@ def embedding(call: Call) -> list[Numbers]:
     padding = call.arg(2, "padding_idx", -1)
     pads = call.value(call.args[1]).cpu().numpy() == padding
     return [np.where(pads[..., None], without_derivative(found), found)]
+
+
+@rule(aten._pack_padded_sequence)
+def pack(call: Call) -> list[Numbers]:
+    """Rows in the order of time, without those past the end, and how many there are at a time."""
+    numbers, lengths = call.numbers(call.args[0]), call.args[1]
+    given = torch.from_numpy(call.constant(lengths))
+    moved = call.func(positions(numbers.shape, 0), given, *call.args[2:])[0]
+    known = call.sets.unite_axis(call.numbers(lengths))
+    return [_read(numbers.reshape(-1), moved, not call.is_constant(lengths)), known]
 
 
 @rule(aten.as_strided_scatter)
