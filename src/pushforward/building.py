@@ -13,7 +13,7 @@ from pushforward.boundary import Arguments, as_real
 from pushforward.checks import agree
 from pushforward.compressed import Compressed
 from pushforward.evaluations import Evaluation
-from pushforward.factors import Split, factors, pulled_through, record_with_taps
+from pushforward.factors import Split, Tap, factors, pulled_through, record_with_taps
 from pushforward.meter import measure
 from pushforward.passes import Linearization, random_vectors
 from pushforward.planning import Recipe
@@ -86,7 +86,11 @@ def build(
             return _handed_on(made) if compiled else made
         except CannotRecord as error:
             reason = str(error)
-    return replace(recipe, notes=(*recipe.notes, f"through the tape: {reason}"))
+    candidate = recipe.candidate
+    if candidate.strategy == "constant":  # only a program can tell, and keep what it found
+        candidate = replace(candidate, strategy="sparse")
+    notes = (*recipe.notes, f"through the tape: {reason}")
+    return replace(recipe, candidate=candidate, notes=notes)
 
 
 def _with_program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Recipe:
@@ -139,6 +143,8 @@ def _settled(candidate: Candidate, made: Program) -> Candidate:
 
 def _why_no_program(arguments: Arguments, recipe: Recipe, memory: int | None) -> str | None:
     candidate, passes = recipe.candidate, recipe.candidate.passes
+    if recipe.structure.guards.elsewhere:
+        return "values go where they cannot be compared"
     if memory is not None:
         return "a memory budget is kept to chunk by chunk"
     if is_heavy(recipe):
@@ -173,14 +179,19 @@ def _program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Program:
     inputs = [*real_inputs(own), *own.others]
     recorder = Recorder(inputs, constants)
 
+    tap = Tap(scheme.places if isinstance(scheme, Split) else (), recipe.structure.guards.orders)
+
     def work() -> list[Tensor]:
         if isinstance(scheme, Split):
-            tape, kept = record_with_taps(mapping.function, own, mapping.batch_dim, scheme)
-            loans.append(tape.loan)
-            return list(factors(Linearization(tape, recipe.batched), kept, scheme, recipe.chunk))
-        tape = mapping.tape(own)
+            tape, kept = record_with_taps(mapping.function, own, mapping.batch_dim, scheme, tap)
+            found = factors(Linearization(tape, recipe.batched), kept, scheme, recipe.chunk)
+        else:
+            tape = mapping.tape(own, watch=tap)
+            found = entries(mapping, own, recipe, Linearization(tape, recipe.batched))
         loans.append(tape.loan)
-        return entries(mapping, own, recipe, Linearization(tape, recipe.batched))
+        for indices in tap.indices:
+            recorder.expect(indices)
+        return list(found)
 
     with torch.no_grad():
         return program(work, recorder, original, owned)

@@ -44,7 +44,8 @@ class Guarded:
 class Circumstances:
     """The state of Python, constants that served as structure, and integer arguments.
 
-    ``at_point`` says that the structure holds at the point of planning only.
+    ``at_point`` says that the structure holds at the point of planning only, as far as can be told
+    without running the map.
     """
 
     state: State
@@ -63,12 +64,17 @@ class Circumstances:
         known = [original(tensor) for tensor in guards.constants.values()]
         kept = tuple(None if _differentiable(t) else t.detach().clone() for t in others)
         constants = tuple(Guarded.of(tensor) for tensor in known)
-        return Circumstances(State.of(function), constants, kept, bool(guards.at_point))
+        return Circumstances(State.of(function), constants, kept, guards.at_point)
 
-    def hold(self, function: Callable[..., Any], others: Sequence[Tensor]) -> bool:
-        """Whether a plan made then may be used for a call with these other arguments."""
+    def hold(
+        self, function: Callable[..., Any], others: Sequence[Tensor], guarded: bool = False
+    ) -> bool:
+        """Whether a plan made then may be used for a call with these other arguments.
+
+        ``guarded``: what depends on the point is compared by a program when it runs.
+        """
         return (
-            not self.at_point
+            (guarded or not self.at_point)
             and self.state.holds(function)
             and all(constant.holds() for constant in self.constants)
             and len(others) == len(self.arguments)
@@ -87,7 +93,7 @@ class Circumstances:
         if any(old is not None for old in self.arguments):
             parts.append("values of integer arguments")
         if self.at_point:
-            parts.append("valid at this point only: indices or branches depend on the input")
+            parts.append("indices or branches that depend on the input, compared at each run")
         return "; ".join(parts)
 
 

@@ -1,34 +1,44 @@
 """How long a planned evaluation takes, from what it does and what this device does in a second.
 
-The device is timed once in a process, in a few milliseconds: small ops, which are all overhead,
-products of matrices of several sizes, bytes moved, elements made by tanh and elements picked.
+A device is timed once in a process for each dtype and number of threads, each kind of work when it
+is first met: small ops, which are all overhead, products of matrices and copies of several sizes,
+convolutions of few and of many channels, elements made by tanh and elements picked.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pushforward.boundary import Layout
 from pushforward.planning import Recipe
-from pushforward.program.tally import Op
+from pushforward.work import Op
 
-# Sizes of the square matrices, and of the copies in elements, that the device is timed on.
+aten = torch.ops.aten
+
+# Sizes of the square matrices, and of the copies in elements, that a device is timed on.
 _SIDES = (8, 32, 96, 192)
 _LENGTHS = (1 << 12, 1 << 16, 1 << 19)
+# Copies longer than these, in bytes, meet memory that was not touched before.
+_LONG = 1 << 23
 _ELEMENTS = 1 << 13
 _TRIES = 6
 # What one call spends outside of its ops, in ops: arguments are looked at, guards are checked.
-_OPS_OF_A_CALL = 24
-# An op of a backward pass, which autograd and perhaps vmap stand behind, in plain ops.
-_OPS_OF_A_TAPED_OP = 4
+_OPS_OF_A_CALL = 32
+# What an op of a backward pass spends on autograd and vmap, and a convolution on its layouts.
+_OPS_OF_A_TAPED_OP, _OPS_OF_A_CONVOLUTION = 8, 6
+# Fewer channels than these leave the units of a processor empty.
+_FEW_CHANNELS = 16
+
+Points = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -48,144 +58,158 @@ class Prediction:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a device does, in seconds.
-
-    Attributes:
-        op: of an op on next to nothing.
-        products: (flops, seconds) of products of matrices, ascending, the op included.
-        copies: (bytes, seconds) of elementwise ops, ascending, the op included.
-        curved, picked: of an element made by tanh, and of one picked by its index.
-    """
-
-    op: float
-    products: tuple[tuple[float, float], ...]
-    copies: tuple[tuple[float, float], ...]
-    curved: float
-    picked: float
-
-    def seconds(self, op: Op) -> float:
-        """How long one op takes."""
-        product = self._product(op.flops / max(op.pieces, 1)) * op.pieces if op.flops else 0.0
-        copy = self._beyond(self.copies, op.moved)
-        own = self.op * (_OPS_OF_A_TAPED_OP if op.taped else 1)
-        return own + max(product, copy) + op.curved * self.curved + op.picked * self.picked
-
-    def _product(self, flops: float) -> float:
-        return self._beyond(self.products, flops)
-
-    def _beyond(self, points: tuple[tuple[float, float], ...], amount: float) -> float:
-        """Seconds beside the op itself, on the line through the points nearby."""
-        spent = [(size, max(seconds - self.op, seconds / 16)) for size, seconds in points]
-        return _interpolated(spent, amount)
-
-
-def _interpolated(points: list[tuple[float, float]], amount: float) -> float:
-    """On a line from the origin, then from point to point, and on at the last rate."""
-    below = [(0.0, 0.0), *points]
-    for (low, start), (high, stop) in pairwise(below):
-        if amount <= high:
-            return start + (stop - start) * (amount - low) / (high - low)
-    size, seconds = points[-1]
-    return seconds * amount / size
-
-
-def predicted(ops: Iterable[Op], device: torch.device, dtype: torch.dtype, calls: int = 1) -> Prediction:
-    """What ops do together, and how long they take with ``calls`` calls of the library around."""
-    counted, known = list(ops), rates(device, dtype)
-    overhead = calls * _OPS_OF_A_CALL * known.op
+def prediction(ops: Sequence[Op], domain: Layout) -> Prediction:
+    """What some ops take together, within one call of the library."""
+    device = device_of(domain)
     return Prediction(
-        sum(op.flops for op in counted),
-        sum(op.moved for op in counted),
-        len(counted),
-        overhead + math.fsum(known.seconds(op) for op in counted),
+        sum(op.flops for op in ops),
+        sum(op.moved for op in ops),
+        len(ops),
+        device.op * _OPS_OF_A_CALL + math.fsum(device.seconds(op) for op in ops),
     )
 
 
-def of_recipe(recipe: Recipe, domain: Layout, codomain: Layout) -> Prediction | None:
-    """What one planned evaluation takes: all entries, in the layout that they come in.
+def evaluation_ops(recipe: Recipe, domain: Layout, codomain: Layout) -> tuple[Op, ...] | None:
+    """The ops of one planned evaluation: all entries, in the layout that they come in.
 
     None where nothing was counted: a plan through the tape whose passes are too small to matter.
     """
     evaluation = recipe.evaluation
-    ops = _taped(recipe) if evaluation is None else list(evaluation.program.ops)
-    if ops is None:
-        return None
+    ops = _taped(recipe) if evaluation is None else evaluation.program.ops
     split = recipe.candidate.split
-    if split is not None:
-        ops.append(_product_of_factors(split.width, domain, codomain))
-    return predicted(ops, domain.device, domain.dtype)
+    if ops is None or split is None:
+        return ops
+    return (*ops, _product_of_factors(split.width, domain, codomain))
 
 
-def _taped(recipe: Recipe) -> list[Op] | None:
-    """The ops of one evaluation through the tape: one forward run, and the passes."""
-    one = recipe.candidate.cost
-    graph = recipe.structure.graph
-    if one is None and not graph.steps:
+def _taped(recipe: Recipe) -> tuple[Op, ...] | None:
+    """One forward run, which is about half of a pass, and the passes in their chunks."""
+    cost = recipe.candidate.cost
+    if cost is None or not cost.ops:
         return None
-    if one is None:
-        flops, moved, ops = (
-            2 * sum(step.flops for step in graph.steps),
-            2 * sum(step.moved for step in graph.steps),
-            2 * len(graph.steps),
-        )
-    else:
-        flops, moved, ops = one.flops, one.moved, one.ops
     passes = max(recipe.candidate.passes, 1)
-    together = recipe.chunk if recipe.batched else 1
-    chunks = -(-passes // max(together, 1))
-    size = passes / chunks
-    count = max(ops, 1)
-    forward = [_share(flops / 2, moved, count, 1)] * (count // 2)
-    return forward + [_share(flops, moved, count, size)] * (count * chunks)
-
-
-def _share(flops: float, moved: float, ops: int, size: float) -> Op:
-    """One of ``ops`` like ones that do some work together, ``size`` times."""
-    return Op(int(flops * size / ops), 1, int(2 * moved * size / ops), taped=True)
+    chunks = -(-passes // max(recipe.chunk, 1)) if recipe.batched else passes
+    forward = [op.times(1) for op in cost.ops[::2]]
+    return (*forward, *[op.times(passes / chunks) for op in cost.ops] * chunks)
 
 
 def _product_of_factors(width: int, domain: Layout, codomain: Layout) -> Op:
     m, n, samples = codomain.size, domain.size, domain.batch or 1
     elements = samples * (m * width + width * n + m * n)
-    return Op(2 * samples * m * width * n, samples, elements * domain.dtype.itemsize)
+    return Op(2 * samples * m * width * n, samples, moved=elements * domain.dtype.itemsize)
 
 
-def rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
-    """What a device does in this dtype with the present number of threads; timed once."""
-    return _rates(device.type, device.index, dtype, torch.get_num_threads())
+def device_of(side: Layout) -> Device:
+    """The device of a side of a map, in its dtype and with the present number of threads."""
+    return _device(str(side.device), side.dtype, torch.get_num_threads())
 
 
 @cache
-def _rates(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> Rates:
-    place = {"device": torch.device(kind, index) if index is not None else kind, "dtype": dtype}
-    clock = _Clock(torch.device(kind))
-    with torch.no_grad():
-        tiny = torch.ones(8, **place)
-        products = [(2.0 * n**3, torch.ones(n, n, **place)) for n in _SIDES]
-        copies = [(2.0 * n * dtype.itemsize, torch.ones(n, **place)) for n in _LENGTHS]
-        many = torch.ones(_ELEMENTS, **place)
-        order = torch.arange(_ELEMENTS, device=tiny.device).flip(0)
-        op = clock(lambda: tiny + tiny)
-        return Rates(
-            op,
-            tuple((flops, clock(lambda a=a: a @ a)) for flops, a in products),
-            tuple((size, clock(lambda a=a: -a)) for size, a in copies),
-            clock(lambda: many.tanh()) / _ELEMENTS,
-            clock(lambda: many.index_select(0, order)) / _ELEMENTS,
-        )
+def _device(name: str, dtype: torch.dtype, threads: int) -> Device:
+    return Device(torch.device(name), dtype)
 
 
 @dataclass(frozen=True)
-class _Clock:
-    device: torch.device
+class Device:
+    """What a device does, timed when it is first asked for; all in seconds."""
 
-    def __call__(self, work: Callable[[], Tensor]) -> float:
+    device: torch.device
+    dtype: torch.dtype
+
+    def seconds(self, op: Op) -> float:
+        """How long one op takes."""
+        own = self.op * (_OPS_OF_A_TAPED_OP if op.taped else 1)
+        work = max(self._arithmetic(op), self._copied(op.moved))
+        return own + work + self._apiece(op)
+
+    def _arithmetic(self, op: Op) -> float:
+        if not op.flops:
+            return 0.0
+        if op.channels:
+            rate = self._convolution(op.channels >= _FEW_CHANNELS, op.transposed)
+            return self.op * _OPS_OF_A_CONVOLUTION + op.flops * rate
+        return op.pieces * _on_a_line(self.products, op.flops / op.pieces)
+
+    def _copied(self, moved: int) -> float:
+        if not moved:
+            return 0.0
+        return _on_a_line(self.copies if moved <= _LONG else self.long_copies, moved)
+
+    def _apiece(self, op: Op) -> float:
+        curved = op.curved * self.curved if op.curved else 0.0
+        return curved + (op.picked * self.picked if op.picked else 0.0)
+
+    @cached_property
+    def op(self) -> float:
+        """An op on next to nothing."""
+        tiny = self._ones(8)
+        return self._clock(lambda: tiny + tiny)
+
+    @cached_property
+    def products(self) -> Points:
+        """(flops, seconds) of products of matrices, ascending."""
+        made = [(n, self._ones(n, n)) for n in _SIDES]
+        return self._beyond([(2.0 * n**3, self._clock(lambda a=a: a @ a)) for n, a in made])
+
+    @cached_property
+    def copies(self) -> Points:
+        """(bytes, seconds) of elementwise ops, ascending."""
+        made = [(2.0 * n * self.dtype.itemsize, self._ones(n)) for n in _LENGTHS]
+        return self._beyond([(size, self._clock(lambda a=a: -a)) for size, a in made])
+
+    @cached_property
+    def long_copies(self) -> Points:
+        """The same for tensors that do not fit in what is at hand."""
+        long = self._ones(2 * _LONG // self.dtype.itemsize)
+        return (*self.copies[:-1], (4.0 * _LONG, self._clock(lambda: -long)))
+
+    @cached_property
+    def curved(self) -> float:
+        """An element made by tanh."""
+        many = self._ones(_ELEMENTS)
+        return self._clock(many.tanh) / _ELEMENTS
+
+    @cached_property
+    def picked(self) -> float:
+        """An element picked by its index."""
+        many = self._ones(_ELEMENTS)
+        order = torch.arange(_ELEMENTS, device=self.device).flip(0)
+        return self._clock(lambda: many.index_select(0, order)) / _ELEMENTS
+
+    @cached_property
+    def _convolutions(self) -> dict[tuple[bool, bool], float]:
+        return {}
+
+    def _convolution(self, many: bool, transposed: bool) -> float:
+        """A flop of a convolution of few or many channels, forwards or backwards."""
+        if (many, transposed) not in self._convolutions:
+            self._convolutions[many, transposed] = self._time_convolution(many, transposed)
+        return self._convolutions[many, transposed]
+
+    def _time_convolution(self, many: bool, transposed: bool) -> float:
+        samples, channels, side = (4, 32, 16) if many else (16, 6, 32)
+        x, weight = self._ones(samples, channels, side, side), self._ones(channels, channels, 3, 3)
+        if transposed:
+            how: tuple[Any, ...] = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+            wanted = [True, False, False]
+            work = lambda: aten.convolution_backward(x, x, weight, *how, wanted)[0]  # noqa: E731
+        else:
+            work = lambda: torch.conv2d(x, weight, padding=1)  # noqa: E731
+        return self._clock(work) / (2 * x.numel() * channels * 9)
+
+    def _ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, device=self.device, dtype=self.dtype)
+
+    def _beyond(self, points: Sequence[tuple[float, float]]) -> Points:
+        """Without what any op takes; a sixteenth is left where that is nearly all."""
+        return tuple((size, max(spent - self.op, spent / 16)) for size, spent in points)
+
+    def _clock(self, work: Callable[[], Tensor]) -> float:
         """Seconds of one call: of several tries the second least, since others only add to it."""
-        once = min(self._timed(work, 1) for _ in range(2))
-        repeats = max(1, min(32, int(1e-4 / max(once, 1e-7))))
-        return sorted(self._timed(work, repeats) / repeats for _ in range(_TRIES))[1]
+        with torch.no_grad():
+            once = min(self._timed(work, 1) for _ in range(2))
+            repeats = max(1, min(32, int(1e-4 / max(once, 1e-7))))
+            return sorted(self._timed(work, repeats) / repeats for _ in range(_TRIES))[1]
 
     def _timed(self, work: Callable[[], Tensor], repeats: int) -> float:
         self._wait()
@@ -198,3 +222,12 @@ class _Clock:
     def _wait(self) -> None:
         if self.device.type in ("cuda", "mps", "xpu"):
             getattr(torch, self.device.type).synchronize()
+
+
+def _on_a_line(points: Points, amount: float) -> float:
+    """On the line from nothing, then from point to point, and on at the last rate."""
+    for (low, start), (high, stop) in pairwise(((0.0, 0.0), *points)):
+        if amount <= high:
+            return start + (stop - start) * (amount - low) / (high - low)
+    size, seconds = points[-1]
+    return seconds * amount / size

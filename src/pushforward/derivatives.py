@@ -10,8 +10,9 @@ from pushforward.boundary import Arguments
 from pushforward.building import Map, build, verify
 from pushforward.circumstances import Circumstances
 from pushforward.errors import InputError, PlanError
+from pushforward.evaluations import Evaluation, Stale
 from pushforward.jacobians import Jacobian
-from pushforward.memory import cached_plan, store_plan
+from pushforward.memory import cached_plans, store_plan
 from pushforward.meter import Cost, measure
 from pushforward.passes import Linearization
 from pushforward.planning import check_again, choose, due, plain_again
@@ -180,24 +181,28 @@ class _Request:
 
 
 def _remembered(request: _Request) -> Jacobian | None:
-    """A Jacobian by the plan made earlier, where it still holds."""
-    plan = cached_plan(request.map.function, request.key)
-    if plan is None or not _holds(plan, request.arguments):
-        return None
-    return _by(plan, request.arguments)
+    """A Jacobian by a plan made earlier, the first that still holds."""
+    for plan in cached_plans(request.map.function, request.key):
+        found = _by(plan, request.arguments) if _holds(plan, request.arguments) else None
+        if found is not None:
+            return found
+    return None
 
 
 def _holds(plan: Plan, arguments: Arguments) -> bool:
-    circumstances = plan.recipe.circumstances
-    if circumstances is None or not circumstances.hold(plan.function, arguments.others):
+    circumstances, evaluation = plan.recipe.circumstances, plan.recipe.evaluation
+    if evaluation is not None and inside_a_transform(arguments.tensors):
         return False
-    return plan.recipe.evaluation is None or not inside_a_transform(arguments.tensors)
+    guarded = evaluation is not None
+    return circumstances is not None and circumstances.hold(
+        plan.function, arguments.others, guarded
+    )
 
 
 def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
     """Follow a plan: at once by its program, else with a tape that is still like the planned one."""
     if plan.recipe.evaluation is not None:
-        return _by_program(plan, arguments)
+        return _by_program(plan, arguments, plan.recipe.evaluation)
     linear = plan.linearise(arguments)
     if _misfits(plan, linear.tape):
         return None
@@ -205,12 +210,16 @@ def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
     return Jacobian(plan, arguments, linear)
 
 
-def _by_program(plan: Plan, arguments: Arguments) -> Jacobian | None:
-    """A lazy Jacobian; verified now and then, and given up where its values have changed."""
+def _by_program(plan: Plan, arguments: Arguments, evaluation: Evaluation) -> Jacobian | None:
+    """A lazy Jacobian; None where the program's guards, or a check now and then, say no."""
     made = Jacobian(plan, arguments.snapshot(), None)
-    if due(plan.recipe) and verify(plan.map, arguments, plan.recipe, once=True) is not None:
+    try:
+        if evaluation.program.guards:
+            made.prepare()
+        wrong = verify(plan.map, arguments, plan.recipe, once=True) if due(plan.recipe) else None
+    except Stale:
         return None
-    return made
+    return made if wrong is None else None
 
 
 def _misfits(plan: Plan, tape: Tape) -> bool:
@@ -312,10 +321,9 @@ def _follow(plan: Plan, arguments: Arguments, quantity: str) -> Jacobian:
         raise PlanError(_misfit("quantity", plan.quantity, quantity))
     if plan.domain is not arguments.domain and plan.domain.signature != arguments.domain.signature:
         raise PlanError(_misfit("input", plan.domain.describe(), arguments.domain.describe()))
+    request = _Request(plan.map, arguments, plan.wanted, plan.memory, plan.compiled)
     found = _by(plan, arguments) if _holds(plan, arguments) else None
-    if found is not None:
-        return found
-    made = _anew(_Request(plan.map, arguments, plan.wanted, plan.memory, plan.compiled))
+    made = found or _remembered(request) or _anew(request)
     if plan.codomain.signature != made.plan.codomain.signature:
         came = made.plan.codomain.describe()
         raise PlanError(_misfit("output", plan.codomain.describe(), came))

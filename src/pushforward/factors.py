@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,22 +15,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pushforward.boundary import Arguments, Layout
 from pushforward.errors import PlanError
 from pushforward.passes import Linearization, gradients_of
+from pushforward.program import CannotRecord
 from pushforward.purity import recording
 from pushforward.structure.cuts import Cut, Way
 from pushforward.tape import Tape, record
 
 
 class Tap(TorchDispatchMode):
-    """Counts the ops that run inside and keeps the outputs of some, by their numbers.
+    """Counts the ops that run inside and keeps tensors of some, by their numbers.
 
-    The numbers are those of the run in which the cuts were found.
+    The numbers are those of the run in which the structure was found.
+
+    Args:
+        cuts: (number of an op, which of its outputs) of the tensors that are cut at.
+        orders: numbers of ops whose indices are kept, arguments and outputs.
     """
 
-    def __init__(self, wanted: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, cuts: Sequence[tuple[int, int]] = (), orders: Collection[int] = ()
+    ) -> None:
         super().__init__()
-        self._wanted = {number for number, _ in wanted}
+        self._cuts = {number for number, _ in cuts}
+        self._orders = frozenset(orders)
         self._count = 0
         self.kept: dict[tuple[int, int], Tensor] = {}
+        self.indices: list[Tensor] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -40,7 +49,7 @@ class Tap(TorchDispatchMode):
     def start(self, inputs: Sequence[Tensor], arguments: Sequence[Tensor], domain: Layout) -> None:
         """A run begins."""
         self._count = 0
-        self.kept = {}
+        self.kept, self.indices = {}, []
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -51,11 +60,22 @@ class Tap(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._count += 1
         result = func(*args, **(kwargs or {}))
-        if self._count in self._wanted:
-            outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-            for place, tensor in enumerate(outputs):
+        if self._count in self._cuts:
+            for place, tensor in enumerate(_tensors(result)):
                 self.kept[self._count, place] = tensor
+        if self._count in self._orders:
+            self.indices += self._indices((args, kwargs, result))
         return result
+
+    def _indices(self, call: Any) -> list[Tensor]:
+        found = [t for t in _tensors(call) if not (t.is_floating_point() or t.is_complex())]
+        if not found:
+            raise CannotRecord("an order among values that leaves no indices to compare")
+        return found
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,11 @@ class Split:
         return (tall * wide.mT).sum(-1)
 
     @property
+    def places(self) -> list[tuple[int, int]]:
+        """Where the tensors of all cuts are made."""
+        return [place for cut in self.cuts for place in cut.tensors.made]
+
+    @property
     def used(self) -> list[int]:
         """The boundaries that factors end at, output first."""
         return [leaf.start for leaf in self.way.leaves if leaf.start > 0]
@@ -106,11 +131,15 @@ class Split:
 
 
 def record_with_taps(
-    function: Callable[..., Any], arguments: Arguments, batch_dim: int | None, split: Split, **how: Any
+    function: Callable[..., Any],
+    arguments: Arguments,
+    batch_dim: int | None,
+    split: Split,
+    tap: Tap | None = None,
 ) -> tuple[Tape, list[tuple[Tensor, ...]]]:
     """Evaluate a map and keep the tensors of its cuts, input's side first."""
-    tap = Tap([place for cut in split.cuts for place in cut.tensors.made])
-    tape = record(function, arguments, batch_dim, watch=tap, **how)
+    tap = tap or Tap(split.places)
+    tape = record(function, arguments, batch_dim, watch=tap)
     try:
         kept = [tuple(tap.kept[place] for place in cut.tensors.made) for cut in split.cuts]
     except KeyError as error:

@@ -176,6 +176,10 @@ class Jacobian(LinearOperator):
             return self._kept.clone()
         return self._assemble()
 
+    def prepare(self) -> None:
+        """Compute the entries now; raises where a guard of the plan does not hold."""
+        self._planned()
+
     def _planned(self) -> Sequence[Tensor]:
         """What the scheme of the plan gives: values in the order of the pattern, or two factors."""
         if self._parts is None or any(t.requires_grad for t in self._parts):

@@ -9,24 +9,25 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, MutableMapping
-from dataclasses import replace
 from typing import Any
 
 from pushforward.plans import Plan
 
 # How many plans are remembered for one function: one for each signature.
 _REMEMBERED = 32
-_CACHE: MutableMapping[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+# And for one signature: one for each branch that was taken.
+_VARIANTS = 4
+_CACHE: MutableMapping[Any, dict[Any, tuple[Plan, ...]]] = weakref.WeakKeyDictionary()
 
 
-def cached_plan(function: Callable[..., Any], key: Any) -> Plan | None:
-    """The plan made earlier for the same function under the same circumstances."""
+def cached_plans(function: Callable[..., Any], key: Any) -> list[Plan]:
+    """The plans made earlier for the same function, the last one first."""
     owner, own = _owner(function)
     try:
-        found = _CACHE.get(owner, {}).get((own, key))
+        found = _CACHE.get(owner, {}).get((own, key), ())
     except TypeError:  # not hashable, or no weak references
-        return None
-    return None if found is None else found.of(function)
+        return []
+    return [plan.of(function) for plan in found]
 
 
 def store_plan(function: Callable[..., Any], key: Any, plan: Plan) -> None:
@@ -36,7 +37,8 @@ def store_plan(function: Callable[..., Any], key: Any, plan: Plan) -> None:
         plans = _CACHE.setdefault(owner, {})
         if (own, key) not in plans and len(plans) >= _REMEMBERED:
             del plans[next(iter(plans))]
-        plans[own, key] = replace(plan, function=_forgotten)
+        earlier = plans.get((own, key), ())
+        plans[own, key] = (plan.of(_forgotten), *earlier)[:_VARIANTS]
     except TypeError:
         return
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from pushforward.work import Op, op_of
 
 # A byte moved takes about as long as this many operations on the machines that run networks.
 OPERATIONS_PER_BYTE = 3.0
@@ -18,13 +20,13 @@ OPERATIONS_PER_BYTE = 3.0
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, bytes written, the most bytes held at once, and calls of ops."""
+    """Floating-point operations, bytes written, the most bytes held at once, and what each op did."""
 
     flops: int
     moved: int
     peak: int
     held: int
-    ops: int = 0
+    ops: tuple[Op, ...] = field(default=(), repr=False)
 
     @property
     def work(self) -> float:
@@ -37,7 +39,8 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.moved = self.held = self.peak = self.ops = 0
+        self.moved = self.held = self.peak = 0
+        self.ops: list[Op] = []
         self._known: set[int] = set()
 
     @classmethod
@@ -47,16 +50,23 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._known.add(_storage_key(tensor))
+        reads = _tensors((args, kwargs))
+        self._known.update(_storage_key(tensor) for tensor in reads)
         result = func(*args, **kwargs)
-        self.flops += flops_of(func, args, kwargs, result)
-        self.ops += 1
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._take(tensor)
+        outs = _tensors(result)
+        self.ops.append(self._counted(func, args, kwargs, reads, outs))
+        for tensor in outs:
+            self._take(tensor)
         return result
+
+    def _counted(self, func: Any, args: Any, kwargs: Any, reads: Any, outs: Any) -> Op:
+        if any(tensor.layout != torch.strided for tensor in (*reads, *outs)):
+            return Op()
+        looked_at = {_storage_key(tensor) for tensor in reads}
+        only_looks = all(_storage_key(tensor) in looked_at for tensor in outs)
+        if not outs or (only_looks and not func._schema.is_mutable):
+            return Op()
+        return op_of(func, args, kwargs, reads, outs)
 
     def _take(self, tensor: Tensor) -> None:
         key = _storage_key(tensor)
@@ -74,10 +84,8 @@ class _Meter(TorchDispatchMode):
         self.held -= size
 
 
-def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """The floating-point operations of a product of matrices or a convolution; 0 for other ops."""
-    count = flop_registry.get(func._overloadpacket)
-    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _storage_key(tensor: Tensor) -> int:
@@ -88,4 +96,5 @@ def measure(work: Callable[[], Any]) -> tuple[Any, Cost]:
     """Run ``work`` and count what it did; its result is held while ``held`` is read."""
     with _Meter() as meter:
         result = work()
-    return result, Cost(meter.flops, meter.moved, meter.peak, meter.held, meter.ops)
+    flops = sum(op.flops for op in meter.ops)
+    return result, Cost(flops, meter.moved, meter.peak, meter.held, tuple(meter.ops))

@@ -14,7 +14,7 @@ from torch import Tensor
 from pushforward.boundary import Arguments, Layout
 from pushforward.building import Map, evaluate
 from pushforward.compressed import Compressed
-from pushforward.costs import Prediction, of_recipe
+from pushforward.costs import Prediction, evaluation_ops, prediction
 from pushforward.factors import Split
 from pushforward.passes import Linearization
 from pushforward.pattern import Pattern
@@ -123,7 +123,8 @@ class Plan:
     @cached_property
     def cost(self) -> Prediction | None:
         """What one evaluation takes: FLOPs, bytes, ops, and the seconds predicted here."""
-        return of_recipe(self.recipe, self.domain, self.codomain)
+        ops = evaluation_ops(self.recipe, self.domain, self.codomain)
+        return None if ops is None else prediction(ops, self.domain)
 
     @property
     def map(self) -> Map:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pushforward.program.recorder import CannotRecord, Instruction, Recorder, Recording, Slot
 from pushforward.program.shortcuts import shortened
-from pushforward.program.tally import Op, tally
+from pushforward.program.tally import tally
+from pushforward.work import Op
 
 aten = torch.ops.aten
 

@@ -117,6 +117,15 @@ class Recorder(TorchDispatchMode):
         """Otherwise the first op imports the compiler, which takes seconds."""
         return False
 
+    def expect(self, tensor: Tensor) -> None:
+        """Guard a tensor that was met: a run finds the same values in it, or is stale."""
+        slot = self.slot(tensor)
+        if self.recording.groups[slot] in self._varying:
+            values = tensor.detach().clone()
+            self._add(
+                Instruction(aten.equal.default, (slot, values), {}, (), frozenset(), True)
+            )
+
     def slot(self, tensor: Tensor) -> Slot:
         """The slot of a tensor; for one from outside, a new one."""
         if type(tensor) not in (Tensor, torch.nn.Parameter):
@@ -131,8 +140,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(tag in func.tags for tag in _REFUSED):
-            raise CannotRecord(f"{func.overloadpacket.__name__} draws numbers, or shapes on values")
+        if any(tag in func.tags for tag in _REFUSED) and not _by_whole_numbers(func, args):
+            raise CannotRecord(
+                f"{func.overloadpacket.__name__} draws random numbers, or its values give shapes"
+            )
         leaves, spec = pytree.tree_flatten((args, kwargs))
         slots = [self.slot(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         result = func(*args, **kwargs)
@@ -224,6 +235,13 @@ class Recorder(TorchDispatchMode):
         if storage.group not in self._varying:
             self.recording.constants[slot] = tensor
         return slot
+
+
+def _by_whole_numbers(func: Any, args: Any) -> bool:
+    """Whether an indexing op takes its shape from its indices, and not from a mask."""
+    if func.overloadpacket not in (aten.index, aten._unsafe_index):
+        return False
+    return not any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
 
 
 def _leaves(tree: Any) -> list[Any]:

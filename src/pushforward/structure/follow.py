@@ -8,7 +8,6 @@ anything: that covers ``detach``, ``no_grad`` and indices.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from pushforward.structure.rules.registry import Numbers, without_derivative
 from pushforward.structure.rules.sparse import MAKERS, are_strided, sparse_rule, stored
 from pushforward.structure.sets import EMPTY, FIRST, VARIES, Sets, TooManySets
 from pushforward.structure.storages import Shadow, assign, look, look_sunk, sink
-from pushforward.meter import flops_of
+from pushforward.work import flops_of
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -40,10 +39,25 @@ T = TypeVar("T")
 
 @dataclass
 class Guards:
-    """What a structure relies on beside the code: values that served as structure."""
+    """What a structure relies on beside the code: values that served as structure.
+
+    Attributes:
+        constants: tensors from outside whose values were looked at.
+        orders: ops, by number, whose indices depend on the inputs: the structure holds while the
+            indices are the same.
+        branches: whether Python branched on values that depend on the inputs.
+        elsewhere: whether such values went where they cannot be compared again.
+    """
 
     constants: dict[int, Tensor] = field(default_factory=dict)
-    at_point: set[str] = field(default_factory=set)
+    orders: set[int] = field(default_factory=set)
+    branches: bool = False
+    elsewhere: bool = False
+
+    @property
+    def at_point(self) -> bool:
+        """Whether the structure holds at this point only, and where nothing of that changes."""
+        return bool(self.orders) or self.branches or self.elsewhere
 
 
 class Follower(TorchDispatchMode):
@@ -247,21 +261,23 @@ class Follower(TorchDispatchMode):
     def _branch(self, tensors: list[Tensor], read: dict[int, Numbers]) -> None:
         """Python looks at a value: constant ones are guarded, others hold at this point only."""
         for tensor in tensors:
-            self._look_at(tensor, read[id(tensor)])
+            self.guards.branches |= self._look_at(tensor, read[id(tensor)])
 
     def leaves(self, tensor: Tensor) -> None:
         """A tensor is handed to code that is not torch's: as if Python looked at all of it."""
         if self.failure is None:
-            self._look_at(tensor, self.numbers(tensor))
+            self.guards.elsewhere |= self._look_at(tensor, self.numbers(tensor))
 
-    def _look_at(self, tensor: Tensor, numbers: Numbers) -> None:
+    def _look_at(self, tensor: Tensor, numbers: Numbers) -> bool:
+        """Note constants that are looked at; whether any of the values varies."""
         if self._parent is not None and _active(numbers):
             self.failure = "its backward looks at values of gradients"
-        self._note(tensor, not bool((numbers == EMPTY).all()))
+        self._note(tensor, False)
+        return not bool((numbers == EMPTY).all())
 
     def _note(self, tensor: Tensor, varying: bool) -> None:
         if varying:
-            self.guards.at_point.add("values")
+            self.guards.orders.add(self._count)
         for source in self._shadow(tensor).sources:
             self.guards.constants[source] = self._external[source]
 
@@ -457,7 +473,7 @@ def _backward_reach(follower: Follower, given: list[Tensor], outs: list[Tensor])
         found = [None if g is None else inner.numbers(g) for g in gradients]
     except Exception:  # a backward in Python can fail in any way
         return None
-    follower.guards.at_point |= inner.guards.at_point
+    follower.guards.elsewhere |= inner.guards.at_point
     for name, count in inner.dense_ops.items():
         follower.dense_ops[name] = follower.dense_ops.get(name, 0) + count
     return _Transposed(follower.sets, inner.sets, starts, [tuple(p.shape) for p in probes], found)
