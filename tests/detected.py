@@ -5,6 +5,8 @@
     sound(f, *args)                   asserts: no entry is missed
     overs(f, *args)                   how many entries are detected and never met
     followed(f, x)                    the pattern of the ops themselves, without a tape
+
+Where an entry may vanish by chance, several points are tried.
 """
 
 from collections.abc import Callable
@@ -12,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracles import loop_matrix
 from torch import Tensor
 
+from oracles import loop_matrix
 from pushforward.boundary import Arguments
 from pushforward.pattern import Pattern
 from pushforward.structure.detection import Detector, Structure

@@ -27,10 +27,10 @@ from pushforward.structure.detection import Detector, Structure
 from pushforward.tape import record
 
 # Entries smaller than this, relative to the largest, are rounding.
-ROUNDING = 1e-12
+ROUNDING = 1e-11
 # At so many points an entry that was found has the chance to be other than zero; then each element
 # that may matter is made the largest, the smallest, or zero.
-TRIES = 60
+TRIES = 40
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Effort:
     variants: tuple[str, ...]
 
 
-COMPACT = Effort(2, 12, 300, ("plain", "in place", "gradient"))
-COMPLETE = Effort(40, 24, 300, ("plain", "first", "in place", "gradient", "complex"))
+COMPACT = Effort(2, 8, 350, ("plain", "in place", "gradient"))
+COMPLETE = Effort(20, 16, 0, ("plain", "first", "in place", "gradient", "complex"))
 # Jacobians of which one row is longer than this are left out.
-LONGEST = 20_000
+LONGEST = 8000
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,21 @@ class Finding:
     dense_ops: set[str] = field(default_factory=set)
     unfollowed: set[str] = field(default_factory=set)
     skipped: dict[str, int] = field(default_factory=dict)
+    at_point: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """The worst over all samples, in one word or two."""
+        if not self.samples:
+            return f"none: {next(iter(self.skipped), 'no samples')}"
+        words = {
+            "missed": self.missed,
+            "not followed": self.unfollowed,
+            "dense": self.dense_ops,
+            "over": self.over,
+            "exact here": self.at_point,
+        }
+        return next((word for word, holds in words.items() if holds), "exact")
 
     def skip(self, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
@@ -237,6 +252,7 @@ def judge(case: Case, effort: Effort, finding: Finding) -> None:
     finding.samples += 1
     structure = detected(case)
     finding.dense_ops |= {name for name, _ in structure.dense_ops}
+    finding.at_point |= bool(structure.guards.at_point)
     if structure.pattern is None:
         finding.unfollowed.add(structure.note)
         return
@@ -255,7 +271,7 @@ def _compare(
     oracle: Oracle, first: np.ndarray, structure: Structure, effort: Effort, finding: Finding
 ) -> None:
     found = _chosen(structure.pattern, oracle.rows)
-    tally = Tally(oracle, found, oracle.whole(_nonzero(first, 0)), _nonzero(first, ROUNDING) & ~found)
+    tally = Tally(oracle, found, oracle.whole(_nonzero(first)), _nonzero(first) & ~found)
     if not structure.guards.at_point:
         look_elsewhere(tally, 0 if finding.variant == "complex" else effort.again)
     over, missed = tally.unseen.sum(), tally.missed.sum()
@@ -268,20 +284,25 @@ def _compare(
 
 def look_elsewhere(tally: Tally, again: int) -> None:
     """All rows at two other points; then those with entries that have been zero so far."""
-    spent = 0
-    for tried, point in enumerate(_more_points(tally)):
-        rows = tally.open_rows() if tried >= 2 else np.arange(len(tally.found))
-        spent += len(rows) if tried >= 2 else 0
-        if spent > again or not len(rows):
-            return
-        tally.take(point, rows, tried)
+    left = again // 2
+    for tried, point in enumerate(elsewhere(tally.oracle.case.point)):
+        if tried < 2:
+            tally.take(point, np.arange(len(tally.found)), tried)
+        else:
+            left = _again(tally, point, tally.open_rows(), tried, left)
+    left = again
+    for way, place in itertools.product(_MOVED, tally.open_places()):
+        left = _again(
+            tally, moved(tally.oracle.case.point, place, way), tally.rows_that_need(place), 0, left
+        )
 
 
-def _more_points(tally: Tally) -> Iterator[tuple[Tensor, ...]]:
-    point = tally.oracle.case.point
-    yield from elsewhere(point)
-    for place, way in itertools.product(tally.open_places(), _MOVED):
-        yield moved(point, place, way)
+def _again(tally: Tally, point: Sequence[Tensor], rows: np.ndarray, seed: int, left: int) -> int:
+    """Count some rows at another point while enough is left; how much is left then."""
+    if len(rows) > left:
+        return left
+    tally.take(point, rows, seed)
+    return left - len(rows)
 
 
 @dataclass
@@ -306,12 +327,17 @@ class Tally:
         columns = np.flatnonzero(self.unseen.any(0))
         return np.union1d(columns, rows[rows < self.found.shape[1]])
 
+    def rows_that_need(self, place: int) -> np.ndarray:
+        """Rows for which an input has done nothing so far, or the gradient by that input."""
+        own = self.unseen.any(1) & (self.oracle.rows == place)
+        return np.flatnonzero(self.unseen[:, place] | own)
+
     def take(self, point: Sequence[Tensor], rows: np.ndarray, seed: int) -> None:
         """Count some rows at another point, if the op is defined there."""
         matrix = self.oracle.at(point, rows, seed) if len(rows) else None
         if matrix is not None:
-            self.seen[rows] |= _nonzero(matrix, 0)
-            self.missed[rows] |= _nonzero(matrix, ROUNDING) & ~self.found[rows]
+            self.seen[rows] |= _nonzero(matrix)
+            self.missed[rows] |= _nonzero(matrix) & ~self.found[rows]
             self.seen = self.oracle.whole(self.seen)
 
 
@@ -323,9 +349,9 @@ def _chosen(pattern: Pattern, rows: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _nonzero(matrix: np.ndarray, tolerance: float) -> np.ndarray:
+def _nonzero(matrix: np.ndarray) -> np.ndarray:
     finite = np.abs(np.where(np.isfinite(matrix), matrix, 0))
-    return (finite > tolerance * finite.max(initial=0)) | np.isinf(matrix)
+    return (finite > ROUNDING * finite.max(initial=0)) | np.isinf(matrix)
 
 
 def elsewhere(point: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -365,7 +391,7 @@ def moved(
 
 @dataclass(frozen=True)
 class Oracle:
-    """Some rows of the Jacobian of a case by plain ``autograd.grad``, at one point after another."""
+    """Some rows of the Jacobian of a case by plain ``autograd.grad``, at any point."""
 
     case: Case
     size: int

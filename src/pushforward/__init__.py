@@ -10,9 +10,11 @@ from pushforward.differential import divergence, laplacian
 from pushforward.errors import PushforwardError
 from pushforward.estimate import Estimate
 from pushforward.jacobians import Jacobian
+from pushforward.loading import load_plan
 from pushforward.noise import noise_response
 from pushforward.operators import LinearOperator, aslinearoperator
 from pushforward.path import PathBound, path_bound
+from pushforward.pattern import Pattern
 from pushforward.plans import Plan
 
 __version__ = "0.1.0"
@@ -23,6 +25,7 @@ __all__ = [
     "Jacobian",
     "LinearOperator",
     "PathBound",
+    "Pattern",
     "Plan",
     "Pushforward",
     "PushforwardError",
@@ -35,6 +38,7 @@ __all__ = [
     "jacobian",
     "laplacian",
     "linalg",
+    "load_plan",
     "logdetcheck",
     "noise_response",
     "path_bound",

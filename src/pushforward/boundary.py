@@ -348,12 +348,17 @@ class Arguments:
 
     def snapshot(self) -> Arguments:
         """The same arguments as they are now, whatever is written to them later."""
-        leaves = tuple(v.clone() if isinstance(v, Tensor) else v for v in self.leaves)
-        return Arguments(self.args, self.argnums, self.domain, leaves)
+        leaves = tuple([v.clone() if isinstance(v, Tensor) else v for v in self.leaves])
+        made = object.__new__(Arguments)  # at each evaluation: without the frozen constructor
+        made.__dict__.update(self.__dict__)
+        made.__dict__["leaves"] = leaves
+        return made
 
     @cached_property
     def others(self) -> tuple[Tensor, ...]:
         """The tensors among all arguments that are not differentiated."""
+        if len(self.args) == 1 and len(self.domain.active) == len(self.leaves):
+            return ()
         chosen = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         rest = [arg for i, arg in enumerate(self.args) if i not in chosen]
         own = [v for v, leaf in zip(self.leaves, self.domain.leaves, strict=True) if not leaf.differentiable]

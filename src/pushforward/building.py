@@ -98,7 +98,8 @@ def _with_program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Recipe:
     made = [_attempt(mapping, arguments, recipe)]
     for rival in recipe.candidate.rivals:
         if made[0].work < _WORTH_COMPARING:
-            made.append(_attempt(mapping, arguments, replace(recipe, candidate=rival)))
+            other = replace(recipe, candidate=rival, chunk=max(recipe.chunk, rival.passes))
+            made.append(_attempt(mapping, arguments, other))
     best = min(made, key=lambda attempt: attempt.work)
     return _completed(best.recipe, best.program)
 

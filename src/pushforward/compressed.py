@@ -13,6 +13,9 @@ from pushforward.coloring import Coloring, seeds
 from pushforward.passes import Linearization
 from pushforward.pattern import Pattern
 
+# How many products of an entry and an element are held at once.
+_TERMS = 1 << 24
+
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
@@ -61,7 +64,7 @@ class Compressed:
     @cached_property
     def coordinates(self) -> Tensor:
         """Rows and columns of all entries, (2, nnz)."""
-        return torch.stack([self._numbers(self.pattern.rows), self.columns])
+        return torch.stack([self.rows, self.columns])
 
     @cached_property
     def places(self) -> Tensor:
@@ -123,6 +126,31 @@ class Compressed:
     def spacing(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Shape and strides of the places of all entries, where these are a regular grid."""
         return even_spacing(self.coloring.source)
+
+    def push(self, values: Tensor, v: Tensor) -> Tensor:
+        """J v from the entries: ``([B,] nnz)`` and ``(k, [B,] n)`` to ``(k, [B,] m)``."""
+        return self._product(values, v, self.columns, self.rows, self.pattern.shape[0])
+
+    def pull(self, values: Tensor, u: Tensor) -> Tensor:
+        """J^T u from the entries: ``([B,] nnz)`` and ``(k, [B,] m)`` to ``(k, [B,] n)``."""
+        return self._product(values, u, self.rows, self.columns, self.pattern.shape[1])
+
+    def _product(
+        self, values: Tensor, vectors: Tensor, source: Tensor, target: Tensor, size: int
+    ) -> Tensor:
+        """Each entry times what stands at its source, added up at its target."""
+        together = max(1, _TERMS // max(values.numel(), 1))
+        done = []
+        for some in vectors.split(together) or (vectors,):
+            terms = values * some.index_select(-1, source)
+            zeros = terms.new_zeros(*terms.shape[:-1], size)
+            done.append(zeros.index_add(-1, target, terms))
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each entry, (nnz,)."""
+        return self._numbers(self.pattern.rows)
 
     def matrix(self, values: Tensor) -> Tensor:
         """The whole matrix, ``([B,] m, n)``, of its entries ``([B,] nnz)``."""

@@ -18,6 +18,7 @@ from pushforward.passes import Linearization
 from pushforward.planning import check_again, choose, due, plain_again
 from pushforward.plans import Plan
 from pushforward.problems import Problem, check_memory, check_quantity
+from pushforward.recalling import settled
 from pushforward.strategies import PLAIN
 from pushforward.structure.detection import NOTHING, Detector, Structure, merged
 from pushforward.tape import Tape, inside_a_transform
@@ -284,7 +285,7 @@ def _plan(request: _Request, tape: Tape, recipe: Recipe) -> Plan:
         tape.codomain,
         recipe,
         tape.mode,
-        _replan,
+        replan,
         request.wanted,
         _diagonal_by,
         request.compiled,
@@ -309,7 +310,8 @@ def _refuse_other_terms(plan: Plan, argnums: int | tuple[int, ...], memory: int 
         )
 
 
-def _replan(plan: Plan, args: tuple[Any, ...]) -> Jacobian:
+def replan(plan: Plan, args: tuple[Any, ...]) -> Jacobian:
+    """Follow a plan at other arguments."""
     alike = Arguments.like(plan.domain, args, plan.argnums)
     arguments = alike or Arguments.of(args, plan.argnums, plan.batch_dim)
     return _follow(plan, arguments, plan.quantity)
@@ -321,9 +323,13 @@ def _follow(plan: Plan, arguments: Arguments, quantity: str) -> Jacobian:
         raise PlanError(_misfit("quantity", plan.quantity, quantity))
     if plan.domain is not arguments.domain and plan.domain.signature != arguments.domain.signature:
         raise PlanError(_misfit("input", plan.domain.describe(), arguments.domain.describe()))
-    request = _Request(plan.map, arguments, plan.wanted, plan.memory, plan.compiled)
+    if plan.saved is not None:
+        plan = settled(plan, arguments, replan, _diagonal_by) or plan
     found = _by(plan, arguments) if _holds(plan, arguments) else None
-    made = found or _remembered(request) or _anew(request)
+    if found is not None:
+        return found
+    request = _Request(plan.map, arguments, plan.wanted, plan.memory, plan.compiled)
+    made = _remembered(request) or _anew(request)
     if plan.codomain.signature != made.plan.codomain.signature:
         came = made.plan.codomain.describe()
         raise PlanError(_misfit("output", plan.codomain.describe(), came))

@@ -102,6 +102,16 @@ class Split:
         """The diagonal of the product, without the product."""
         return (tall * wide.mT).sum(-1)
 
+    @staticmethod
+    def push(tall: Tensor, wide: Tensor, v: Tensor) -> Tensor:
+        """J v by the factors, ``(k, [B,] n) -> (k, [B,] m)``."""
+        return _times(tall, _times(wide, v))
+
+    @staticmethod
+    def pull(tall: Tensor, wide: Tensor, u: Tensor) -> Tensor:
+        """J^T u by the factors, ``(k, [B,] m) -> (k, [B,] n)``."""
+        return _times(wide.mT, _times(tall.mT, u))
+
     @property
     def places(self) -> list[tuple[int, int]]:
         """Where the tensors of all cuts are made."""
@@ -128,6 +138,11 @@ class Split:
         """Which of the factors, counted from the output's, end at or before the narrowest cut."""
         widths = [self.cuts[place - 1].width for place in self.used]
         return widths.index(min(widths)) + 1
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """``([B,] m, n)`` times each of ``(k, [B,] n)``."""
+    return (matrix @ vectors.movedim(0, -1)).movedim(-1, 0)
 
 
 def record_with_taps(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,14 +12,15 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pushforward import linalg
 from pushforward.boundary import Arguments, Layout
-from pushforward.compressed import Compressed
 from pushforward.errors import (
     DifferentiationError,
     InputError,
     MemoryBudgetError,
     ShapeError,
 )
-from pushforward.operators import LinearOperator, scipy_sparse
+from pushforward.formats import in_layout, to_csr, to_scipy_csr
+from pushforward.lowrank import core
+from pushforward.operators import LinearOperator
 from pushforward.passes import Linearization
 from pushforward.planning import blocks
 from pushforward.plans import Plan, function_name
@@ -34,7 +35,8 @@ class Jacobian(LinearOperator):
     """The Jacobian of a map at a point: lazy, exact, a linear operator.
 
     Made by `jacobian` and by calling a `Plan`. Entries are computed when they are asked for: by the
-    program of the plan, where it has one, else through the tape of an evaluation. With ``batch_dim=0`` every result is per sample, batch first.
+    program of the plan, where it has one, else through the tape of an evaluation. With
+    ``batch_dim=0`` every result is per sample, batch first.
 
     Attributes:
         shape: ``(m, n)``, output scalars by input scalars (of one sample). A complex scalar counts
@@ -78,11 +80,11 @@ class Jacobian(LinearOperator):
 
     def push(self, v: Tensor) -> Tensor:
         """Multiply a block of columns: ``([B,] n, k) -> ([B,] m, k)``, J v."""
-        return self._block(self._linear.push, v, self._domain, "push expects")
+        return self._block(True, v, "push expects")
 
     def pull(self, u: Tensor) -> Tensor:
         """Multiply by the transpose: ``([B,] m, k) -> ([B,] n, k)``, J^T u."""
-        return self._block(self._linear.pull, u, self._codomain, "pull expects")
+        return self._block(False, u, "pull expects")
 
     def __matmul__(self, v: Any) -> Any:
         """J v.
@@ -97,46 +99,53 @@ class Jacobian(LinearOperator):
         Raises:
             ShapeError: ``v`` has none of these shapes.
         """
-        return self._multiply(self._linear.push, v, self._domain, self._codomain, "J @ v expects v")
+        return self._multiply(True, v, "J @ v expects v")
 
     def _rmatmul(self, u: Any) -> Any:
-        return self._multiply(
-            self._linear.pull, u, self._codomain, self._domain, "J.T @ u expects u"
-        )
+        return self._multiply(False, u, "J.T @ u expects u")
 
-    def _multiply(
-        self,
-        product: Callable[[Tensor], Tensor],
-        vector: Any,
-        source: Layout,
-        target: Layout,
-        expectation: str,
-    ) -> Any:
+    def _sides(self, forward: bool) -> tuple[Layout, Layout]:
+        """Where a product comes from and goes to."""
+        sides = self.plan.domain, self.plan.codomain
+        return sides if forward else sides[::-1]
+
+    def _multiply(self, forward: bool, vector: Any, expectation: str) -> Any:
+        source, target = self._sides(forward)
         packed = source.pack(vector)
         if packed is not None:
-            return target.unpack(self._chunked(product, packed.to(source.dtype))[0])
-        flat = (*source.lead, source.size)
+            return target.unpack(self._product(forward, packed)[0])
         if isinstance(vector, Tensor) and vector.is_complex():
             raise ShapeError(_vector_message(vector, source, expectation))
-        if isinstance(vector, Tensor) and tuple(vector.shape) == flat:
-            return self._chunked(product, vector.unsqueeze(0).to(source.dtype))[0]
-        if isinstance(vector, Tensor) and tuple(vector.shape[:-1]) == flat:
-            return self._block(product, vector, source, expectation)
-        raise ShapeError(_vector_message(vector, source, expectation))
+        if isinstance(vector, Tensor) and tuple(vector.shape) == (*source.lead, source.size):
+            return self._product(forward, vector.unsqueeze(0))[0]
+        return self._block(forward, vector, expectation)
 
-    def _block(
-        self, product: Callable[[Tensor], Tensor], block: Tensor, source: Layout, expectation: str
-    ) -> Tensor:
-        if tuple(block.shape[:-1]) != (*source.lead, source.size):
+    def _block(self, forward: bool, block: Any, expectation: str) -> Tensor:
+        source, _ = self._sides(forward)
+        if not isinstance(block, Tensor) or tuple(block.shape[:-1]) != (*source.lead, source.size):
             raise ShapeError(_vector_message(block, source, expectation))
-        return self._chunked(product, block.movedim(-1, 0).to(source.dtype)).movedim(0, -1)
+        return self._product(forward, block.movedim(-1, 0)).movedim(0, -1)
 
-    def _chunked(self, product: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        if product == self._linear.push:
+    def _product(self, forward: bool, vectors: Tensor) -> Tensor:
+        """``(k, [B,] size)`` of one side to the other: by entries that are there, or by passes."""
+        source, target = self._sides(forward)
+        vectors = vectors.to(source.dtype)
+        scheme = self.plan.scheme
+        if scheme is not None and self._entries_serve(len(vectors)):
+            product = scheme.push if forward else scheme.pull
+            return product(*self._planned(), vectors).to(target.dtype)
+        if forward:
             self._linear.prepare_push()
+        work = self._linear.push if forward else self._linear.pull
         parts = vectors.split(max(self.plan.chunk, 1))
-        done = [self._sparingly(product, part) for part in parts]
+        done = [self._sparingly(work, part) for part in parts]
         return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _entries_serve(self, count: int) -> bool:
+        """Whether entries are there, or cost no more than the passes for so many vectors."""
+        if self.plan.memory is not None:
+            return False
+        return self._has_parts() or count >= max(self.plan.passes, 1)
 
     def _by_columns(self) -> bool:
         return self.plan.jvps > 0
@@ -172,7 +181,7 @@ class Jacobian(LinearOperator):
         Raises:
             MemoryBudgetError: they do not fit in ``memory=``.
         """
-        if self._kept is not None and not self._linear.keeps_graph:
+        if self._kept is not None and not self._wants_graph():
             return self._kept.clone()
         return self._assemble()
 
@@ -182,9 +191,36 @@ class Jacobian(LinearOperator):
 
     def _planned(self) -> Sequence[Tensor]:
         """What the scheme of the plan gives: values in the order of the pattern, or two factors."""
-        if self._parts is None or any(t.requires_grad for t in self._parts):
+        if self._parts is None or not self._has_parts():
             self._parts = self.plan.entries(self._arguments, self._made)
         return self._parts
+
+    def _has_parts(self) -> bool:
+        """Whether what the scheme gives is there, and of use to whoever asks now.
+
+        What has a graph is not used again: whoever goes back through it frees it.
+        """
+        if self._parts is None or any(part.requires_grad for part in self._parts):
+            return False
+        return not self._wants_graph()
+
+    def _wants_graph(self) -> bool:
+        """Whether results are to be differentiable; a program tells without a tape."""
+        if self.plan.recipe.evaluation is None:
+            return self._linear.keeps_graph
+        return torch.is_grad_enabled() and self.plan.attached(self._arguments)
+
+    def _core(self) -> Tensor:
+        """Of two factors around a narrow cut the small matrix with their singular values."""
+        if not self._is_narrow():
+            return self._entries()
+        found = core(*self._planned())
+        return self._entries() if found is None else found
+
+    def _is_narrow(self) -> bool:
+        """Whether J is a product over a width less than m and n."""
+        split = self.plan.recipe.candidate.split
+        return split is not None and split.width < min(self.shape)
 
     def _entries(self) -> Tensor:
         """`matrix` for the use of the methods here, kept while it is small and has no graph.
@@ -192,7 +228,7 @@ class Jacobian(LinearOperator):
         A graph is not kept: whoever goes back through it frees it.
         """
         self._require_room(_WORK_BYTES)
-        if self._kept is not None and not self._linear.keeps_graph:
+        if self._kept is not None and not self._wants_graph():
             return self._kept
         entries = self._assemble()
         if self._bytes() <= _KEEP_BYTES and not entries.requires_grad:
@@ -288,11 +324,11 @@ class Jacobian(LinearOperator):
             )
         compressed = self.plan.compressed
         if compressed is not None:
-            return _in_layout(compressed, self._planned()[0], layout)
+            return in_layout(compressed, self._planned()[0], layout)
         sparse = self._coo()
         if layout == "coo":
             return sparse
-        return _to_csr(sparse) if layout == "csr" else _to_scipy_csr(sparse)
+        return to_csr(sparse) if layout == "csr" else to_scipy_csr(sparse)
 
     def _coo(self) -> Tensor:
         if not self._ranges():
@@ -348,12 +384,22 @@ class Jacobian(LinearOperator):
         """
         if self.plan.compressed is not None and self.plan.entries_are_all:
             return linalg.fro_norm(self._planned()[0].unsqueeze(-2))
-        if self.plan.memory is None and self._bytes() <= _KEEP_BYTES:
-            return linalg.fro_norm(self._entries())
+        if self._is_narrow() or (self.plan.memory is None and self._bytes() <= _KEEP_BYTES):
+            return super().fro_norm()
         if 0 in self.shape:
             return self._empty().sum((-2, -1))
         norms = self._strips(lambda _, strip: linalg.fro_norm(strip.movedim(0, -2)))
         return linalg.fro_norm(torch.stack(norms, dim=-1).unsqueeze(-2))
+
+    def logvol(self, rtol: float | None = None) -> Tensor:
+        """1/2 log det(J^T J) for m >= n, 1/2 log det(J J^T) for m < n; -inf where deficient.
+
+        So it is for every product over a width less than m and n. See `pushforward.linalg.logvol`.
+        """
+        if not self._is_narrow():
+            return super().logvol(rtol)
+        volume = linalg.logvol(self._core(), rtol).to(self.dtype)
+        return volume.masked_fill(torch.ones_like(volume, dtype=torch.bool), -math.inf)
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` with the same products.
@@ -407,42 +453,3 @@ def _vector_message(vector: Any, side: Layout, expectation: str) -> str:
         f"{expectation} like {side.describe()}, or ({lead}{side.size}), or a block "
         f"({lead}{side.size}, k), got {came}"
     )
-
-
-def _in_layout(compressed: Compressed, values: Tensor, layout: str) -> Any:
-    """Entries in CSR order as a sparse matrix; the order is that of the pattern already."""
-    shape = compressed.pattern.shape
-    if layout == "scipy":
-        parts = (values.detach().cpu().numpy(), compressed.pattern.indices, compressed.pattern.indptr)
-        return scipy_sparse().csr_array(parts, shape=shape)
-    if layout == "csr":
-        return csr(compressed.starts, compressed.columns, values, shape)
-    return torch.sparse_coo_tensor(
-        compressed.coordinates, values, shape, check_invariants=False, is_coalesced=True
-    )
-
-
-_WARNED: list[bool] = []
-
-
-def csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A CSR tensor; torch says once in a process that these are in beta, and is not heard."""
-    if _WARNED:
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        made = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-    _WARNED.append(True)
-    return made
-
-
-def _to_csr(sparse: Tensor) -> Tensor:
-    with warnings.catch_warnings():  # torch says at each start that CSR is in beta
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        return sparse.to_sparse_csr()
-
-
-def _to_scipy_csr(sparse: Tensor) -> Any:
-    rows, columns = sparse.indices().cpu().numpy()
-    values = sparse.values().detach().cpu().numpy()
-    return scipy_sparse().csr_array((values, (rows, columns)), shape=tuple(sparse.shape))

@@ -20,7 +20,7 @@ OPERATIONS_PER_BYTE = 3.0
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, bytes written, the most bytes held at once, and what each op did."""
+    """What a computation does: operations, bytes written and held, and what each op does."""
 
     flops: int
     moved: int

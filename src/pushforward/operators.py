@@ -98,6 +98,14 @@ class LinearOperator(ABC):
         """`matrix` for the use of the methods here."""
         return self.matrix()
 
+    def _core(self) -> Tensor:
+        """A matrix with the same singular values, but perhaps for zeros."""
+        return self._entries()
+
+    def _rank_rtol(self, rtol: float | None) -> float:
+        """Up to which multiple of the largest a singular value counts as zero."""
+        return max(self.shape) * torch.finfo(self.dtype).eps if rtol is None else rtol
+
     def dense(self) -> Any:
         """All entries in the shape that the operator's spaces have; (m, n) here."""
         return self.matrix()
@@ -147,19 +155,19 @@ class LinearOperator(ABC):
 
     def pdet(self, rtol: float | None = None) -> Tensor:
         """The product of the nonzero singular values; see `pushforward.linalg.pdet`."""
-        return linalg.pdet(self._entries(), rtol)
+        return linalg.pdet(self._core(), self._rank_rtol(rtol)).to(self.dtype)
 
     def log_pdet(self, rtol: float | None = None) -> Tensor:
         """The logarithm of `pdet`; see `pushforward.linalg.log_pdet`."""
-        return linalg.log_pdet(self._entries(), rtol)
+        return linalg.log_pdet(self._core(), self._rank_rtol(rtol)).to(self.dtype)
 
     def fro_norm(self) -> Tensor:
         """The Frobenius norm, the root of the sum of the squared entries."""
-        return linalg.fro_norm(self._entries())
+        return linalg.fro_norm(self._core()).to(self.dtype)
 
     def spectral_norm(self) -> Tensor:
         """The largest singular value; 0 for an empty operator."""
-        return linalg.spectral_norm(self._entries())
+        return linalg.spectral_norm(self._core()).to(self.dtype)
 
     def svdvals(self, k: int | None = None) -> Tensor:
         """The singular values, largest first; the first ``k`` of them if ``k`` is given.
@@ -172,16 +180,17 @@ class LinearOperator(ABC):
             raise InputError(
                 f"svdvals expects a whole number k between 0 and min(m, n) = {most}, got {k!r}"
             )
-        values = linalg.svdvals(self._entries())
+        values = linalg.svdvals(self._core()).to(self.dtype)
+        values = torch.nn.functional.pad(values, (0, most - values.shape[-1]))
         return values if k is None else values[..., :k]
 
     def rank(self, rtol: float | None = None) -> Tensor:
         """The number of singular values over ``rtol`` (max(m, n) eps) times the largest."""
-        return linalg.rank(self._entries(), rtol)
+        return linalg.rank(self._core(), self._rank_rtol(rtol))
 
     def stable_rank(self) -> Tensor:
         """The squared Frobenius norm over the squared spectral norm; 0 for the zero operator."""
-        return linalg.stable_rank(self._entries())
+        return linalg.stable_rank(self._core()).to(self.dtype)
 
     def cond(self) -> Tensor:
         """The largest singular value over the smallest; inf where it is singular."""

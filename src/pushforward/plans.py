@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,13 @@ from pushforward.boundary import Arguments, Layout
 from pushforward.building import Map, evaluate
 from pushforward.compressed import Compressed
 from pushforward.costs import Prediction, evaluation_ops, prediction
+from pushforward.explaining import function_name, lines, table
 from pushforward.factors import Split
 from pushforward.passes import Linearization
 from pushforward.pattern import Pattern
 from pushforward.planning import Recipe
+from pushforward.saving import Saved, save
+from pushforward.work import Op
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Plan:
         chunk: how many of them run together.
         pattern, nnz: where entries may be nonzero; None, where nothing was detected.
         rejected: the other strategies, and why they were not taken.
+        cost: FLOPs, bytes, ops and predicted seconds of one evaluation.
+        saved: where the plan was loaded from a file: what stands there.
     """
 
     function: Callable[..., Any]
@@ -50,6 +56,7 @@ class Plan:
     wanted: str = "auto"
     diagonal_by: Callable[..., Any] | None = None
     compiled: bool = False
+    saved: Saved | None = None
 
     @property
     def strategy(self) -> str:
@@ -120,11 +127,43 @@ class Plan:
         """Whether all entries come from a flat program."""
         return self.recipe.evaluation is not None and self.entries_are_all
 
+    @property
+    def name(self) -> str:
+        """What the function is called."""
+        return function_name(self.function)
+
+    @property
+    def length(self) -> int | None:
+        """The number of ops of the program; None where evaluations go through the tape."""
+        if self.saved is not None:
+            return self.saved.length
+        return None if self.recipe.evaluation is None else self.recipe.evaluation.program.length
+
+    @property
+    def guards(self) -> str:
+        """What the plan relies on: where that has changed, the plan is made anew."""
+        if self.saved is not None:
+            return self.saved.guards
+        circumstances = self.recipe.circumstances
+        return "any point" if circumstances is None else circumstances.describe()
+
+    @property
+    def ops(self) -> tuple[tuple[Op, ...] | None, int]:
+        """The ops of one evaluation, and how many tensors from outside it reads."""
+        if self.saved is not None:
+            return self.saved.ops, self.saved.externals
+        evaluation = self.recipe.evaluation
+        externals = 0 if evaluation is None else len(evaluation.program.externals)
+        return evaluation_ops(self.recipe, self.domain, self.codomain), externals
+
     @cached_property
     def cost(self) -> Prediction | None:
-        """What one evaluation takes: FLOPs, bytes, ops, and the seconds predicted here."""
-        ops = evaluation_ops(self.recipe, self.domain, self.codomain)
-        return None if ops is None else prediction(ops, self.domain)
+        """What one evaluation takes: FLOPs, bytes, ops, and the seconds predicted here.
+
+        None where nothing was counted: a plan through the tape whose passes are small.
+        """
+        ops, externals = self.ops
+        return None if ops is None else prediction(ops, self.domain, externals)
 
     @property
     def map(self) -> Map:
@@ -138,6 +177,13 @@ class Plan:
     def entries(self, arguments: Arguments, linear: Linearization | None) -> Sequence[Tensor]:
         """What the scheme gives at some arguments: values in order, or two factors."""
         return evaluate(self.map, arguments, self.recipe, linear)
+
+    def attached(self, arguments: Arguments) -> bool:
+        """Whether anything that the program reads is to have gradients."""
+        assert self.recipe.evaluation is not None
+        externals = (external() for external in self.recipe.evaluation.program.externals)
+        read = (*arguments.tensors, *arguments.others, *externals)
+        return any(tensor is not None and tensor.requires_grad for tensor in read)
 
     def for_diagonal(self, arguments: Arguments) -> Tensor | None:
         """The diagonal with fewer passes than all entries take; None where there is no such way."""
@@ -155,9 +201,26 @@ class Plan:
         """
         return self.make(self, args)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was decided to a file, without the function: `load_plan` reads it again.
+
+        Args:
+            path: of the file, an ``.npz`` of plain arrays and a header in JSON, no pickle.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import tempfile, torch, pushforward as pf
+            >>> path = f"{tempfile.mkdtemp()}/sin.plan"
+            >>> pf.plan(torch.sin, torch.zeros(3)).save(path)
+            >>> pf.load_plan(path, torch.sin)
+            Plan(jacobian 3 x 3: sparse, 1 passes)
+        """
+        save(self, path)
+
     def __str__(self) -> str:
-        width = max(len(label) for label, _ in self._lines())
-        return "\n".join(f"{label:<{width}}  {text}" for label, text in self._lines())
+        return table(self)
 
     def __repr__(self) -> str:
         m, n = self.codomain.size, self.domain.size
@@ -167,62 +230,9 @@ class Plan:
         rows = "".join(
             f"<tr><th style='text-align:left'>{escape(label)}</th>"
             f"<td style='text-align:left'>{escape(text)}</td></tr>"
-            for label, text in self._lines()
+            for label, text in lines(self)
         )
         return f"<table>{rows}</table>"
 
-    def _lines(self) -> list[tuple[str, str]]:
-        m, n = self.codomain.size, self.domain.size
-        batch = "" if self.domain.batch is None else f", {self.domain.batch} samples"
-        lines = [
-            ("plan", f"{self.quantity} of {function_name(self.function)}"),
-            ("size", f"{m} x {n}{batch}"),
-            ("input", self.domain.describe()),
-            ("output", self.codomain.describe()),
-            ("strategy", f"{self.strategy}: {self._passes()}"),
-            ("pattern", self._pattern()),
-        ]
-        cost = self.recipe.candidate.cost
-        if cost is not None:
-            text = f"{_si(cost.flops)}FLOP, {_si(cost.moved)}B written, {_si(cost.peak)}B held"
-            lines.append(("one pass", text))
-        if self.memory is not None:
-            lines.append(("memory", f"{_si(self.memory)}B"))
-        lines += [("rejected", f"{name}: {why}") for name, why in self.rejected]
-        lines += [("checked", note) for note in self.recipe.notes]
-        return lines
 
-    def _pattern(self) -> str:
-        structure = self.recipe.structure
-        if structure.pattern is None:
-            return f"not detected: {structure.note or 'every entry is computed'}"
-        found = structure.pattern
-        text = f"{found.nnz} of {found.shape[0]} x {found.shape[1]} entries, {found.density:.3g} full"
-        return f"{text}; tiers: {', '.join(structure.tiers)}"
-
-    def _passes(self) -> str:
-        what = "Hessian-vector products" if self.quantity == "hessian" else "passes"
-        kind = "forward" if self.jvps else "backward"
-        count = (
-            f"{self.passes} {what}"
-            if self.quantity == "hessian"
-            else f"{self.passes} {kind} {what}"
-        )
-        return (
-            f"{count}, {self.chunk} at a time"
-            if self.strategy != "loop"
-            else f"{count}, one by one"
-        )
-
-
-def function_name(function: Callable[..., Any]) -> str:
-    """What to call a function in tables and messages."""
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _si(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if abs(number) < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} T"
+__all__ = ["Plan", "function_name"]

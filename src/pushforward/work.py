@@ -26,6 +26,8 @@ _PICKING = frozenset(
     " max_pool2d_with_indices max_pool2d_with_indices_backward".split()
 )
 _BATCHED = frozenset("bmm baddbmm".split())
+# Convolutions work on so many channels at once.
+_VECTOR = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +38,29 @@ class Op:
         flops: of a product of matrices or a convolution, else 0.
         pieces: how many products of matrices it is made of.
         channels: of a convolution, the fewer of its two numbers; 0 for other ops.
+        padding: what filling up its channels to whole vectors multiplies its work by.
         transposed: whether the convolution is one from outputs to inputs.
         moved: bytes that it reads and writes; none where it only looks at a tensor in another way.
         curved, picked: elements made by a function like tanh, and picked or placed one by one.
         taped: whether it runs in a backward pass of autograd, which adds to it.
+        repeats: how often it runs.
     """
 
     flops: int = 0
     pieces: int = 1
     channels: int = 0
+    padding: float = 1.0
     transposed: bool = False
     moved: int = 0
     curved: int = 0
     picked: int = 0
     taped: bool = False
+    repeats: int = 1
 
-    def times(self, count: float) -> Op:
-        """The same op on so many vectors at once, in a backward pass."""
+    def times(self, count: float, repeats: int = 1) -> Op:
+        """The same op on so many vectors at once in a backward pass, and that so often."""
         amounts = {name: int(count * getattr(self, name)) for name in _AMOUNTS}
-        return replace(self, taped=True, **amounts)
+        return replace(self, taped=True, repeats=repeats, **amounts)
 
 
 _AMOUNTS = ("flops", "moved", "curved", "picked")
@@ -70,11 +76,12 @@ def op_of(func: Any, args: Any, kwargs: Any, reads: Sequence[Any], outs: Sequenc
     """
     name = func.overloadpacket.__name__.rstrip("_")
     made = sum(elements(out) for out in outs)
-    channels, transposed = _convolution(name, args)
+    channels, padding, transposed = _convolution(name, args)
     return Op(
         flops=_flops(func, args, kwargs, outs),
         pieces=outs[0].shape[0] if name in _BATCHED else 1,
         channels=channels,
+        padding=padding,
         transposed=transposed,
         moved=sum(elements(like) * like.dtype.itemsize for like in (*outs, *reads)),
         curved=made if name in _CURVED else 0,
@@ -104,11 +111,13 @@ def _flops(func: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> int:
         return 0
 
 
-def _convolution(name: str, args: Any) -> tuple[int, bool]:
-    """The fewer channels of a convolution, and whether it goes from outputs to inputs."""
+def _convolution(name: str, args: Any) -> tuple[int, float, bool]:
+    """The fewer channels of a convolution, its padding, and whether it goes backwards."""
     if name not in ("convolution", "convolution_backward"):
-        return 0, False
+        return 0, 1.0, False
     backward = name == "convolution_backward"
     weight = args[2 if backward else 1]
-    channels = min(tuple(getattr(weight, "shape", weight))[:2])
-    return channels, backward or bool(args[6])
+    channels = tuple(getattr(weight, "shape", weight))[:2]
+    groups = args[9 if backward else 8]
+    padding = math.prod(-(-c // _VECTOR) * _VECTOR / max(c, 1) for c in channels)
+    return min(channels), padding if groups == 1 else 1.0, backward or bool(args[6])

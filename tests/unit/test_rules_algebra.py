@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from detected import detect, draw, exact, overs, sound, spd
 from torch import linalg, tensor
+
+from detected import detect, draw, exact, overs, sound, spd
 
 EYE = torch.eye(3, dtype=torch.float64)
 SQUARE = draw(3, 3, seed=1) + 4 * EYE

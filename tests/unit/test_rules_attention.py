@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from detected import detect, draw, exact, sound
 from torch import nn
+
+from detected import detect, draw, exact, sound
 
 # Queries (1 sample, 2 heads, 3 positions, 2 entries), and others to go with them.
 Q, K, V = draw(1, 2, 3, 2, seed=1), draw(1, 2, 4, 2, seed=2), draw(1, 2, 4, 3, seed=3)
@@ -33,9 +34,7 @@ BY_QUERIES = {
     "itself, causal": lambda q: attend(q, q, q, is_causal=True),
     "itself, by a mask": lambda q: attend(q, q, q, CAUSAL),
     "itself, with a slope": lambda q: attend(q, q, q, ALIBI),
-    "written out": lambda q: (
-        (q @ q.mT / 2**0.5).masked_fill(~CAUSAL, -math.inf).softmax(-1) @ q
-    ),
+    "written out": lambda q: (q @ q.mT / 2**0.5).masked_fill(~CAUSAL, -math.inf).softmax(-1) @ q,
     "written out, added": lambda q: (q @ q.mT + ALIBI).softmax(-1) @ q,
     "written out, chosen": lambda q: (
         torch.where(CAUSAL, q @ q.mT, torch.tensor(-math.inf).double()).softmax(-1) @ q

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn, tensor
+
 from detected import detect, draw, exact, followed, overs
 from oracles import loop_matrix
-from torch import nn, tensor
 
 A, B = draw(3, 4, seed=1), draw(4, 2, seed=2)
 BATCH = draw(2, 4, 3, seed=3)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from detected import detect, draw, exact
 from torch import nn
+
+from detected import detect, draw, exact
 
 W1, W2, W3 = draw(4, 2, 3, seed=1), draw(4, 2, 3, 2, seed=2), draw(2, 2, 2, 1, 3, seed=3)
 HALVES = draw(4, 1, 3, seed=4)

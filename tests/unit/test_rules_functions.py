@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from detected import detect, draw, exact, sound
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from detected import detect, draw, exact, sound
 
 
 class StraightThrough(torch.autograd.Function):
@@ -327,14 +328,10 @@ TRANSFORMS = {
         lambda y: nn.functional.conv1d(y[None, None], CONSTANT[None, :1, :2]).pow(3).sum()
     )(x),
     "vmap": lambda x: torch.func.vmap(lambda row: row.cumsum(0))(x.reshape(2, 2)),
-    "vmap of a product": lambda x: torch.func.vmap(lambda r: CONSTANT[:2, :2] @ r)(
-        x.reshape(2, 2)
-    ),
+    "vmap of a product": lambda x: torch.func.vmap(lambda r: CONSTANT[:2, :2] @ r)(x.reshape(2, 2)),
     "vmap of a gradient": lambda x: torch.func.vmap(torch.func.grad(lambda y: y.pow(3)))(x),
     "vjp": lambda x: torch.func.vjp(lambda y: y.roll(1).exp(), x)[1](torch.ones(4).double())[0],
-    "jvp": lambda x: torch.func.jvp(
-        lambda y: y.roll(1).exp(), (x,), (torch.ones(4).double(),)
-    )[1],
+    "jvp": lambda x: torch.func.jvp(lambda y: y.roll(1).exp(), (x,), (torch.ones(4).double(),))[1],
     "autograd.grad": lambda x: torch.autograd.grad(
         (x[1:] * x[:-1]).exp().sum(), x, create_graph=True
     )[0],
@@ -365,9 +362,7 @@ def _written_into_parts(x):
 COMPLEX = {
     "there and back": lambda x: torch.view_as_real(torch.view_as_complex(x.reshape(3, 2))),
     "parts scaled": _parts_scaled,
-    "a product": lambda x: torch.view_as_real(
-        torch.view_as_complex(x.reshape(3, 2)) * (1 + 2j)
-    ),
+    "a product": lambda x: torch.view_as_real(torch.view_as_complex(x.reshape(3, 2)) * (1 + 2j)),
     "a modulus": lambda x: torch.complex(x[:3], x[3:]).abs(),
     "conjugate and modulus": lambda x: torch.complex(x[:3], x[3:]).conj().abs(),
     "real part of a view": lambda x: torch.view_as_complex(x.reshape(3, 2)).real,

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from detected import detect, draw, exact, sound
 from torch import tensor
+
+from detected import detect, draw, exact, sound
 
 ROWS = tensor([[2, 0, 2], [1, 1, 0]])
 MASK = tensor([[True, False, True, False], [False, True, True, True], [True, False, False, False]])
@@ -101,6 +102,7 @@ SCATTERING = {
     ),
     "scatter_reduce prod": (lambda x: x.scatter_reduce(1, GRID, x[:, :3].exp(), "prod"), (2, 4)),
     "index_add": (lambda x: x.index_add(0, PLACES, x.exp(), alpha=2), (3, 2)),
+    "index_add of nothing": (lambda x: x.index_add(0, PLACES, x.exp(), alpha=0), (3, 2)),
     "index_add of columns": (lambda x: x.index_add(1, PLACES, x.exp()[:, :3]), (2, 4)),
     "index_add of a number": (lambda x: x.index_add(0, tensor([0]), 2 * x), ()),
     "index_copy": (lambda x: x.index_copy(1, PLACES[:2], x[:, 1:3].exp()), (2, 3)),

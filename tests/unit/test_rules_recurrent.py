@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from detected import detect, draw, exact
 from torch import nn
 from torch.nn.utils import rnn as packing
+
+from detected import detect, draw, exact
 
 CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 TIME = torch.ones(4, 4, dtype=torch.bool).tril().numpy()

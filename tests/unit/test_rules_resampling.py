@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from detected import detect, draw, exact, overs, sound
 from oracles import loop_hessian
 
@@ -71,6 +72,36 @@ def test_sampling_at_constant_places(mode, padding, aligned):
     options = {"mode": mode, "padding_mode": padding, "align_corners": aligned}
     exact(lambda x: F.grid_sample(x, FLOW, **options), draw(*PICTURE))
     exact(lambda x: F.grid_sample(x, CORNERS, **options), draw(1, 1, 3, 5))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_hessians_follow_sampling_back(padding):
+    def energy(x):
+        pixels = F.grid_sample(
+            x.reshape(1, 2, 2, 3), FLOW[:1], padding_mode=padding, align_corners=False
+        )
+        return pixels.pow(3).sum()
+
+    x = draw(12)
+    found = detect(energy, x, hessian=True)
+    assert (found.pattern.todense() == (loop_hessian(energy, x) != 0).numpy()).all()
+    assert found.dense_ops == ()
+
+
+@pytest.mark.parametrize("grid_shape", [(2, 1, 1, 2), (1, 1, 2, 1, 3)])
+def test_hessians_by_places(grid_shape):
+    shape = (grid_shape[0], 1, *(2,) * (len(grid_shape) - 2))
+    picture = draw(*shape)
+
+    def energy(flow):
+        places = flow.reshape(grid_shape).tanh()
+        return F.grid_sample(picture, places, align_corners=False).pow(3).sum()
+
+    x = draw(int(torch.tensor(grid_shape).prod()))
+    found = detect(energy, x, hessian=True).pattern.todense()
+    met = (loop_hessian(energy, x) != 0).numpy()
+    assert not (met & ~found).any()
+    assert found.sum() == len(x) * grid_shape[-1]
 
 
 def test_sampling_a_volume_at_constant_places():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from detected import detect, draw, exact, overs, sound
 from torch import tensor
+
+from detected import detect, draw, exact, overs, sound
 
 # Each holds at its point only.
 ORDER = {

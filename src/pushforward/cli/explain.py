@@ -1,7 +1,10 @@
 """``pushforward explain``: the plan, without running it."""
 
 import argparse
+import contextlib
+import json
 import re
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +12,13 @@ from torch import Tensor, nn
 
 from pushforward.derivatives import plan
 from pushforward.errors import InputError, PushforwardError
+from pushforward.explaining import facts
+from pushforward.plans import Plan
 from pushforward.report.fitting import evaluating
 from pushforward.report.models import load_model
 
+# Beyond this many rows or columns a dot of the picture stands for too much.
+_SHOWN = 2000
 _DTYPES = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
@@ -27,28 +34,52 @@ _DTYPES = {
 
 
 def run_explain(options: argparse.Namespace) -> int:
-    """Print the plan for MODEL at inputs like ``--input``."""
-    examples = [example(spec, options.seed) for spec in options.input]
-    model = load_model(
-        options.model,
-        weights=options.weights,
-        trust_code=options.trust_code,
-        seed=options.seed,
-    ).module
-    with evaluating(model):
-        print(_planned(model, examples, options.input))
+    """Print the plan for MODEL at inputs like ``--input``, as text or as one object of JSON."""
+    examples = [example(spec, options.seed + place) for place, spec in enumerate(options.input)]
+    # What the user's code prints must not end up between the lines of the plan.
+    with contextlib.redirect_stdout(sys.stderr):
+        model = load_model(
+            options.model,
+            weights=options.weights,
+            trust_code=options.trust_code,
+            seed=options.seed,
+        ).module
+        with evaluating(model):
+            found = _planned(model, examples, options)
+            told = json.dumps(facts(found), indent=2) if options.json else _told(found)
+            if options.save is not None:
+                found.save(options.save)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(told.encode(encoding, "replace").decode(encoding))
     return 0
 
 
-def _planned(model: nn.Module, examples: Sequence[Tensor], specs: Sequence[str]) -> str:
+def _planned(model: nn.Module, examples: Sequence[Tensor], options: argparse.Namespace) -> Plan:
+    """The plan; with respect to the first input that can be differentiated."""
+    real = [x.is_floating_point() or x.is_complex() for x in examples]
     try:
-        return str(plan(model, *examples))
+        return plan(
+            model,
+            *examples,
+            argnums=real.index(True) if any(real) else 0,
+            batch_dim=0 if options.batch else None,
+            quantity=options.quantity,
+        )
     except PushforwardError:
         raise
     except Exception as error:  # the user's forward may raise anything
         raise InputError(
-            f"the model does not take --input {', '.join(specs)}: {type(error).__name__}: {error}"
+            f"the model does not take --input {', '.join(options.input)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _told(found: Plan) -> str:
+    """The plan, and a picture of its pattern where that shows anything."""
+    pattern = found.pattern
+    if pattern is None or pattern.density in (0, 1) or max(pattern.shape) > _SHOWN:
+        return str(found)
+    return f"{found}\n\n{pattern}"
 
 
 def example(spec: str, seed: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pushforward import __version__
 from pushforward.cli.explain import run_explain
 from pushforward.cli.report import run_report
+from pushforward.problems import QUANTITIES
 from pushforward.report.data import FORMS as DATA_FORMS
 from pushforward.report.models import FORMS as MODEL_FORMS
 
@@ -79,7 +80,21 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
         metavar="SPEC",
         action="append",
         required=True,
-        help="dtype and shape of an input, such as 'f32[1,3,32,32]' (repeat for several)",
+        help="dtype and shape of an input, such as 'f32[1,3,32,32]' (repeat for several; the "
+        "first one of floating-point or complex numbers is differentiated)",
+    )
+    parser.add_argument(
+        "--batch", action="store_true", help="dimension 0 is a batch of independent samples"
+    )
+    parser.add_argument(
+        "--quantity",
+        choices=QUANTITIES,
+        default="jacobian",
+        help="what to plan (default: jacobian)",
+    )
+    parser.add_argument("--save", metavar="FILE", help="write the plan, for pf.load_plan")
+    parser.add_argument(
+        "--json", action="store_true", help="print one object of JSON, not the table"
     )
     parser.set_defaults(run=run_explain)
 

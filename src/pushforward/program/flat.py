@@ -232,7 +232,7 @@ class _Writer:
 
 # Functions of torch with the arguments of the op, called in half the time.
 _DIRECT = frozenset(
-    "add sub mul div neg roll mm bmm mv addmm tanh sigmoid relu exp log sin cos sqrt rsqrt abs"
+    "add sub mul div neg roll mm bmm mv addmm addcmul tanh sigmoid relu exp log sin cos sqrt rsqrt abs"
     " index_select cat flip square reciprocal cumsum where clone gather".split()
 )
 

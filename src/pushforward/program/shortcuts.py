@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ aten = torch.ops.aten
 
 def shortened(recording: Recording, outputs: Sequence[Slot]) -> tuple[Recording, tuple[Slot, ...]]:
     """The same computation in fewer ops, and where its outputs are."""
-    context = Context(_folded(recording))
+    context = Context(_folded(recording), outputs)
     for instruction in context.recording.instructions:
         context.take(instruction)
     outs = tuple(context.name(slot) for slot in outputs)
@@ -30,6 +31,7 @@ class Context:
     """The instructions so far, who makes each slot, and which slots hold the same as others."""
 
     recording: Recording
+    outputs: Sequence[Slot] = ()
     instructions: list[Instruction] = field(default_factory=list)
     makers: dict[Slot, Instruction] = field(default_factory=dict)
     _same: dict[Slot, Slot] = field(default_factory=dict)
@@ -37,6 +39,18 @@ class Context:
 
     def __post_init__(self) -> None:
         self._written = written_groups(self.recording)
+        reads = [slot for i in self.recording.instructions for slot in i.reads]
+        self._uses = Counter([*reads, *self.outputs])
+
+    def used_once(self, slot: Slot) -> bool:
+        """Whether one instruction alone reads a slot, so that it may do the work itself."""
+        return self._uses[slot] <= 1
+
+    def emit(self, func: Any, args: tuple[Any, ...], like: Like) -> Slot:
+        """Enter an instruction that was not there, and give the slot of its result."""
+        slot = self._new_slot(like)
+        self.take(Instruction(func, args, {}, (slot,), frozenset()))
+        return self.name(slot)
 
     def name(self, slot: Slot) -> Slot:
         """The slot that stands for another one."""
@@ -110,10 +124,14 @@ class Context:
 
     def new_constant(self, value: Tensor) -> Slot:
         """A slot for a constant that was not there before."""
+        slot = self._new_slot(Like(tuple(value.shape), value.stride(), value.dtype))
+        self.recording.constants[slot] = value
+        return slot
+
+    def _new_slot(self, like: Like) -> Slot:
         slot = Slot(len(self.recording.groups))
         self.recording.groups[slot] = len(self.recording.groups)
-        self.recording.like[slot] = Like(tuple(value.shape), value.stride(), value.dtype)
-        self.recording.constants[slot] = value
+        self.recording.like[slot] = like
         return slot
 
 
@@ -183,7 +201,42 @@ def _sum(i: Instruction, context: Context) -> Instruction | Slot:
         negated = context.maker(term, aten.neg.default)
         if negated is not None and isinstance(rest, Slot):
             return replace(i, func=aten.sub.Tensor, args=(rest, negated.args[0]), kwargs={})
-    return _two_constants(i, context)
+    shorter = _two_constants(i, context)
+    return shorter if shorter is not i else _fused(i, context)
+
+
+def _fused(i: Instruction, context: Context) -> Instruction:
+    """a + b c in one call; d + (b c + e f) in two."""
+    out = context.like(out_of(i))
+    for term, rest in (i.args[::-1], i.args):
+        if not isinstance(term, Slot) or not isinstance(rest, Slot):
+            return i
+        product = _own_product(rest, context)
+        if product is not None and _one_dtype(out, (term, *product), context):
+            return replace(i, func=aten.addcmul.default, args=(term, *product), kwargs={})
+    for term, rest in (i.args, i.args[::-1]):
+        inner = context.maker(rest, aten.addcmul.default)
+        if inner is None or inner.kwargs or not context.used_once(rest):
+            continue
+        product = _own_product(inner.args[0], context)
+        if product is not None and _one_dtype(out, (term, *product), context):
+            begun = context.emit(aten.addcmul.default, (term, *product), context.like(rest))
+            return replace(i, func=aten.addcmul.default, args=(begun, *inner.args[1:]), kwargs={})
+    return i
+
+
+def _own_product(slot: Slot, context: Context) -> tuple[Slot, Slot] | None:
+    """The factors of a product that nobody else reads."""
+    made = context.maker(slot, aten.mul.Tensor)
+    if made is None or not context.used_once(slot) or not all(
+        isinstance(factor, Slot) for factor in made.args
+    ):
+        return None
+    return made.args[0], made.args[1]
+
+
+def _one_dtype(out: Like, slots: Sequence[Slot], context: Context) -> bool:
+    return out.dtype.is_floating_point and all(context.like(s).dtype == out.dtype for s in slots)
 
 
 def _two_constants(i: Instruction, context: Context) -> Instruction:
@@ -214,7 +267,10 @@ def _difference(i: Instruction, context: Context) -> Instruction | Slot:
 
 
 def _factor(i: Instruction, context: Context) -> Instruction | Slot:
-    """Multiplying by a constant one; c (-a) is (-c) a."""
+    """Multiplying by a constant one; c (-a) is (-c) a; a number is multiplied into constants."""
+    scaled = _scaled(i, context)
+    if scaled is not None:
+        return scaled
     for factor, rest in (i.args, i.args[::-1]):
         value = context.constant(factor)
         if value is None:
@@ -225,6 +281,45 @@ def _factor(i: Instruction, context: Context) -> Instruction | Slot:
         if negated is not None:
             return replace(i, args=(context.new_constant(-value), negated.args[0]))
     return i
+
+
+def _scaled(i: Instruction, context: Context) -> Instruction | None:
+    """k (c a) is (k c) a, and k (c a + d b) is (k c) a + (k d) b."""
+    for number, rest in (i.args, i.args[::-1]):
+        if type(number) in (int, float) and isinstance(rest, Slot) and context.used_once(rest):
+            made = _times_number(number, rest, context)
+            if made is not None:
+                return replace(i, func=made[0], args=made[1], kwargs={})
+    return None
+
+
+def _times_number(number: float, slot: Slot, context: Context) -> Any:
+    """The call that makes a multiple of a slot out of the same inputs, with other constants."""
+    product = context.maker(slot, aten.mul.Tensor)
+    if not context.like(slot).dtype.is_floating_point:
+        return None
+    if product is not None:
+        for factor, rest in (product.args, product.args[::-1]):
+            value = context.constant(factor)
+            if value is not None and value.dtype == context.like(slot).dtype:
+                return aten.mul.Tensor, (context.new_constant(value * number), rest)
+    fused = context.maker(slot, aten.addcmul.default)
+    if fused is not None and not fused.kwargs and context.used_once(fused.args[0]):
+        start = _times_number(number, fused.args[0], context)
+        value = context.constant(fused.args[1])
+        if start is not None and value is not None:
+            begun = context.emit(*start, context.like(fused.args[0]))
+            return aten.addcmul.default, (begun, context.new_constant(value * number), fused.args[2])
+    return None
+
+
+def _by_number(i: Instruction, context: Context) -> Instruction | Slot:
+    """Dividing a multiple by a number."""
+    value, number = i.args[:2]
+    if i.kwargs or type(number) not in (int, float) or not isinstance(value, Slot) or not number:
+        return i
+    made = _times_number(1.0 / number, value, context) if context.used_once(value) else None
+    return i if made is None else replace(i, func=made[0], args=made[1])
 
 
 def _lies_like(slot: Any, i: Instruction, context: Context) -> bool:
@@ -313,6 +408,7 @@ SHORTCUTS: dict[Any, Shortcut] = {
     aten.add.Tensor: _sum,
     aten.sub.Tensor: _difference,
     aten.mul.Tensor: _factor,
+    aten.div.Tensor: _by_number,
     aten.mm.default: _product,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,

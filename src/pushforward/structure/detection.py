@@ -93,7 +93,9 @@ class Detector:
     def following(self) -> Iterator[None]:
         """Follow the ops that run inside."""
         with ExitStack() as stack:
-            for follower in self.followers.values():
+            # The first one innermost: what a follower itself runs is seen by those around it, and
+            # the ops that the graph numbers are those of the function alone.
+            for follower in reversed(self.followers.values()):
                 stack.enter_context(follower.following())
             yield
 

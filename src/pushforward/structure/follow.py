@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pushforward.purity import custom_functions
+from pushforward.structure.backwards import backward_reach
 from pushforward.structure.graph import Graph, Step
 from pushforward.structure.rules import RULES, Call
 from pushforward.structure.rules.affine import is_affine
@@ -165,7 +166,7 @@ class Follower(TorchDispatchMode):
         if outputs and self._is_view(func, outputs):
             return
         call = Call(func, args, kwargs, outputs, self.sets, lambda t: read[id(t)], before)
-        call.noted = self._note
+        call.noted, call.returned = self._note, out
         call.sunken = lambda t: look_sunk(self._shadow(t), stored(t))
         self._register(call, func, tensors, written, read)
 
@@ -240,8 +241,7 @@ class Follower(TorchDispatchMode):
 
     def _step(self, call: Call, func: Any, reads: tuple[Any, ...], outputs: list[Tensor]) -> None:
         writes = tuple(self.value_of(t) for t in outputs)
-        result = outputs[0] if len(outputs) == 1 else outputs
-        flops = flops_of(func, call.args, call.kwargs, result)
+        flops = flops_of(func, call.args, call.kwargs, call.returned)
         moved = sum(t.numel() * t.element_size() for t in outputs)
         sizes = tuple(t.numel() for t in outputs)
         mutates = bool(func._schema.is_mutable)
@@ -299,7 +299,7 @@ class Follower(TorchDispatchMode):
             return
         everything = self.sets.unite_all([self.sets.unite_axis(n.reshape(-1)) for n in numbers])
         name = type(outs[0].grad_fn).__name__
-        reached = _backward_reach(self, given, outs)
+        reached = backward_reach(self, given, outs)
         if reached is None:
             self.dense_ops[name] = self.dense_ops.get(name, 0) + 1
         reads = tuple(dict.fromkeys(self.value_of(t) for t in given))
@@ -330,6 +330,12 @@ class Follower(TorchDispatchMode):
             self._external[name] = tensor
             shadow.sources = frozenset({name})
         return shadow
+
+    def within(
+        self, inputs: Sequence[Tensor], labels: Sequence[np.ndarray], count: int
+    ) -> Follower:
+        """A follower of a backward pass of what this one follows."""
+        return Follower(inputs, labels, count, parent=self)
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor was met before."""
@@ -450,58 +456,3 @@ def _alike(arrays: Sequence[Numbers]) -> int | None:
             return None
         found = first
     return EMPTY if found is None else found
-
-
-def _backward_reach(follower: Follower, given: list[Tensor], outs: list[Tensor]) -> Any:
-    """Follow a custom backward from random cotangents; None where that fails."""
-    probes = [torch.ones_like(t).requires_grad_() for t in outs]
-    if any(t.is_complex() for t in (*probes, *given)):
-        return None
-    starts = np.cumsum([0, *(p.numel() for p in probes)])
-    labels = [
-        np.arange(start, start + p.numel()).reshape(tuple(p.shape))
-        for start, p in zip(starts, probes, strict=False)
-    ]
-    inner = Follower(probes, labels, int(starts[-1]), parent=follower)
-    try:
-        with torch.enable_grad(), _disable_current_modes(), inner:
-            gradients = torch.autograd.grad(
-                outs, given, probes, retain_graph=True, create_graph=True, allow_unused=True
-            )
-        if inner.failure is not None:
-            return None
-        found = [None if g is None else inner.numbers(g) for g in gradients]
-    except Exception:  # a backward in Python can fail in any way
-        return None
-    follower.guards.elsewhere |= inner.guards.at_point
-    for name, count in inner.dense_ops.items():
-        follower.dense_ops[name] = follower.dense_ops.get(name, 0) + count
-    return _Transposed(follower.sets, inner.sets, starts, [tuple(p.shape) for p in probes], found)
-
-
-@dataclass
-class _Transposed:
-    """What a backward pass reaches, read from the outputs."""
-
-    sets: Sets
-    inner: Sets
-    starts: np.ndarray
-    shapes: list[tuple[int, ...]]
-    found: list[Numbers | None]
-
-    def __call__(self, place: int, numbers: list[Numbers]) -> Numbers:
-        """The sets of one output, given those of the inputs."""
-        start, stop = int(self.starts[place]), int(self.starts[place + 1])
-        owners, members = [], []
-        for reached, own in zip(self.found, numbers, strict=True):
-            if reached is not None:
-                flat = np.ascontiguousarray(reached).reshape(-1)
-                begins, variables = self.inner.members(flat)
-                owners.append(variables)
-                members.append(np.repeat(np.ascontiguousarray(own).reshape(-1), np.diff(begins)))
-        variables = np.concatenate(owners) if owners else np.zeros(0, np.int64)
-        sets = np.concatenate(members) if members else np.zeros(0, np.int32)
-        order = np.argsort(variables, kind="stable")
-        bounds = np.searchsorted(variables[order], np.arange(start, stop + 1))
-        united = self.sets.unite_groups(bounds, sets[order])
-        return np.maximum(united, VARIES).reshape(self.shapes[place])

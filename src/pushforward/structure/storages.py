@@ -16,9 +16,10 @@ class Shadow:
     """The sets of a storage's elements, counted in elements of ``unit`` bytes.
 
     ``numbers`` is a plain number where all elements are alike. ``sources`` are the constants from
-    outside that the values were made of. ``hidden`` says that autograd does not know of the storage,
-    and yet derivatives pass: a conjugate or negative, looked at lazily so far, is copied below it.
-    ``sunk`` says which elements are minus infinity whatever the inputs are, derivatives or not.
+    outside that the values were made of. ``hidden`` says that autograd does not know of the
+    storage, and yet derivatives pass: a conjugate or negative, looked at lazily so far, is copied
+    below it. ``sunk`` says which elements are minus infinity whatever the inputs are, derivatives
+    or not.
     """
 
     numbers: np.ndarray | int

@@ -88,3 +88,12 @@ def margins(call: Call) -> list[Numbers]:
     own = np.maximum(own if classes > 1 else without_derivative(own), VARIES)
     found = _reduced(call, own)
     return [found, *[np.full((), VARIES, np.int32)] * (len(call.outputs) - 1)]
+
+
+@rule(aten._ctc_loss)
+def ctc_loss(call: Call) -> list[Numbers]:
+    """All scores (time, samples, classes) of a sample."""
+    numbers = call.numbers(call.args[0])
+    united = call.sets.unite_axis(call.sets.unite_axis(numbers, -1), 0)
+    found = np.maximum(united, VARIES)
+    return [found.reshape(call.shape), np.full((), VARIES, np.int32)]

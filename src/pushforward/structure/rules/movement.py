@@ -37,17 +37,21 @@ MOVES = (
     *(aten.transpose_copy, aten.unsqueeze_copy, aten.squeeze_copy, aten.as_strided_copy),
     *(aten.alias_copy, aten.detach_copy, aten.diagonal_copy, aten.unbind_copy, aten.split_copy),
     *(aten.split_with_sizes_copy, aten._reshape_copy, aten.masked_scatter, aten.embedding),
-    *(aten._unsafe_index, aten._chunk_cat, aten.contiguous, aten.block_diag, aten.view_as_real_copy),
+    *(aten._unsafe_index, aten._chunk_cat, aten.contiguous, aten.block_diag),
+    aten.view_as_real_copy,
 )
 
 
 # What comes of these is partly zero whatever they are given.
 MAKE_ZEROS = frozenset(
-    """tril triu constant_pad_nd diag_embed block_diag im2col slice_backward select_backward
-    diagonal_backward unfold_backward linalg_cholesky_ex linalg_qr linalg_lu lu_unpack""".split()
+    {
+        *("tril", "triu", "constant_pad_nd", "diag_embed", "block_diag", "im2col", "linalg_qr"),
+        *("slice_backward", "select_backward", "diagonal_backward", "unfold_backward"),
+        *("linalg_cholesky_ex", "linalg_lu", "lu_unpack"),
+    }
 )
 # Which argument of some of them says where from or where to.
-_POINTERS = {
+_POINTERS: dict[Any, int] = {
     **dict.fromkeys((aten.index, aten._unsafe_index, aten.take, aten.masked_select), 1),
     **dict.fromkeys((aten.embedding, aten.masked_scatter), 1),
     **dict.fromkeys((aten.index_select, aten.gather), 2),
@@ -76,9 +80,9 @@ def movement(call: Call) -> list[Numbers]:
     kwargs.pop("memory_format", None)
     moved = pytree.tree_leaves(call.func(*args, **kwargs))
     table, low = np.concatenate(numbers), np.concatenate(sunk)
-    if low.any():
-        call.sinks = low[moved[0].long().cpu().numpy()]
     varying = not all(call.is_constant(pointer) for pointer in pointers.values())
+    if low.any() and not varying:
+        call.sinks = low[moved[0].long().cpu().numpy()]
     return [_read(table, part, varying) for part in moved]
 
 

@@ -99,7 +99,7 @@ def _per_channel(numbers: Numbers, rank: int) -> Numbers:
     aten.cudnn_batch_norm,
 )
 def batch_norm(call: Call) -> list[Numbers]:
-    """With statistics of the batch, each channel as a whole; with running ones, element by element."""
+    """With statistics of the batch, channel by channel; with running ones, element by element."""
     numbers = call.numbers(call.args[0])
     training = _trains(call)
     own = _by_channel(call, numbers, True) if training else numbers

@@ -180,6 +180,14 @@ def gate(call: Call) -> list[Numbers]:
     return [call.unite(call.args[0], own)]
 
 
+@rule(aten.hardtanh)
+def hardtanh(call: Call) -> list[Numbers]:
+    """A clamp; between bounds that leave nothing in between, a constant."""
+    least, most = call.arg(1, "min_val", -1), call.arg(2, "max_val", 1)
+    numbers = call.numbers(call.args[0])
+    return [numbers if least < most else without_derivative(numbers)]
+
+
 @rule(aten._prelu_kernel)
 def prelu(call: Call) -> list[Numbers]:
     return [call.unite(*call.args[:2])]

@@ -88,10 +88,13 @@ def softmax_backward(call: Call) -> list[Numbers]:
 
 @rule(aten._log_softmax_backward_data)
 def log_softmax_backward(call: Call) -> list[Numbers]:
-    """g - exp(y) times the sum of g."""
+    """g - exp(y) times the sum of g, which takes y away where g is constantly zero."""
     gradient, result, axis = call.args[:3]
+    own, zero = call.numbers(result), call.equals(gradient, 0)
     total = call.unite_axes(call.numbers(gradient), [axis], True)
-    return [call.unite(gradient, result, total)]
+    if zero is not None and zero.ndim:
+        own = np.where(zero.all(axis, keepdims=True), 0, own)
+    return [call.unite(gradient, own, total)]
 
 
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)

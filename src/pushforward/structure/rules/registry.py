@@ -1,8 +1,8 @@
 """Rules: what each element of an op's outputs depends on, given what those of its inputs do.
 
-A rule is one decorated function from a `Call` to the sets of each output, as arrays of numbers that
-broadcast to the outputs' shapes. Views and in-place ops need no rule of their own: a view shares the
-storage that it looks at, and an in-place op is the rule of its plain form.
+A rule is one decorated function from a `Call` to the sets of each output, as arrays of numbers
+that broadcast to the outputs' shapes. Views and in-place ops need no rule of their own: a view
+shares the storage that it looks at, and an in-place op is the rule of its plain form.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Call:
         values: the value of a tensor before the call, where the call changes it in place.
         noted: called with a tensor whose values the result relies on.
         sunken: where a tensor is minus infinity whatever the inputs are, as far as was noted.
+        returned: what the op returned, before it was made flat.
         sinks: left by a rule: where its first output is so, though derivatives pass.
     """
 
@@ -59,6 +60,7 @@ class Call:
     noted: Callable[[Tensor, bool], None] = lambda tensor, varying: None
     sunken: Callable[[Tensor], np.ndarray | None] = lambda tensor: None
     sinks: np.ndarray | None = None
+    returned: Any = None
 
     @property
     def op(self) -> str:
@@ -119,9 +121,7 @@ class Call:
         known = [mask for mask in masks if mask is not None]
         return np.logical_or(known[0], known[-1]) if known else None
 
-    def _constantly(
-        self, value: Tensor, holds: Callable[[Tensor], Tensor]
-    ) -> np.ndarray | None:
+    def _constantly(self, value: Tensor, holds: Callable[[Tensor], Tensor]) -> np.ndarray | None:
         """Where something holds of a value that is constant; None where it does nowhere."""
         numbers = self.read(value)
         if numbers.strides == (0,) * numbers.ndim and numbers.size and numbers.flat[0] != EMPTY:

@@ -6,7 +6,7 @@ axis of space. The maps are small: their zeros say which pixels weigh nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import numpy as np
@@ -17,10 +17,10 @@ from pushforward.structure.rules.pooling import through, turned
 from pushforward.structure.rules.registry import (
     Call,
     Numbers,
-    depends,
     rule,
     without_derivative,
 )
+from pushforward.structure.rules.scattering import joined
 
 aten = torch.ops.aten
 
@@ -118,28 +118,73 @@ def grid_sampler(call: Call) -> list[Numbers]:
 
 
 def _sampled(call: Call, image: Tensor, grid: Tensor) -> Numbers:
+    numbers = call.numbers(image).reshape(*image.shape[:2], -1)
+    found = [
+        np.where(meets[:, None], np.take_along_axis(numbers, _in_rows(pixels, image), 2), 0)
+        for pixels, meets in _taps(call, image, grid)
+    ]
+    return call.sets.unite_all(found).reshape(call.shape) if found else _nothing(call.shape)
+
+
+def _in_rows(pixels: np.ndarray, image: Tensor) -> np.ndarray:
+    """The same pixels in every channel."""
+    return np.broadcast_to(pixels[:, None], (len(pixels), image.shape[1], pixels.shape[1]))
+
+
+def _nothing(shape: Sequence[int]) -> Numbers:
+    return np.zeros(tuple(shape), np.int32)
+
+
+@rule(aten.grid_sampler_2d_backward, aten.grid_sampler_3d_backward)
+def grid_sampler_backward(call: Call) -> list[Numbers]:
+    """To the image from the samples that looked at a pixel; to the grid from all of the image."""
+    gradient, image, grid = call.args[:3]
+    numbers, pixels = call.numbers(gradient), call.numbers(image)
+    space = range(2, image.dim())
+    places = call.sets.unite_axis(call.numbers(grid))
+    whole = call.sets.unite_axis(call.unite_axes(pixels, space), 1)
+    whole = whole.reshape(-1, *[1] * len(space))
+    to_grid = call.unite(call.sets.unite_axis(numbers, 1), whole, places)[..., None]
+    if len(call.outputs) == 1:  # the image wants no gradient
+        return [to_grid]
+    if call.is_constant(grid):
+        return [_sent_back(call, gradient, image, grid), to_grid]
+    own = call.unite_axes(places, range(1, places.ndim), True)[:, None]
+    return [call.unite(call.unite_axes(numbers, space, True), own), to_grid]
+
+
+def _sent_back(call: Call, gradient: Tensor, image: Tensor, grid: Tensor) -> Numbers:
+    room = _nothing((*image.shape[:2], int(np.prod(image.shape[2:]))))
+    rows = np.arange(room.shape[0] * room.shape[1]).reshape(*room.shape[:2], 1) * room.shape[2]
+    numbers = call.numbers(gradient).reshape(*room.shape[:2], -1)
+    places, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    for pixels, meets in _taps(call, image, grid):
+        meeting = np.broadcast_to(meets[:, None], numbers.shape)
+        places.append((rows + pixels[:, None])[meeting])
+        values.append(numbers[meeting])
+    found = joined(call, room, np.concatenate(places), np.concatenate(values), True)
+    return found.reshape(tuple(image.shape))
+
+
+def _taps(call: Call, image: Tensor, grid: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each tap of the samples (N, outputs): its flat pixel, and whether there is one."""
     call.noted(grid, False)
-    numbers = call.numbers(image)
-    if not depends(numbers):
-        return call.unite_axes(numbers, range(2, numbers.ndim), True)
-    looks = [_looked_at(call, axis) for axis in range(2, numbers.ndim)]
-    samples = np.arange(len(numbers)).reshape(-1, *[1] * (numbers.ndim - 2))
-    found = []
+    sizes = image.shape[2:]
+    looks = [_looked_at(call, image, grid, axis) for axis in range(2, image.dim())]
     for taps in np.ndindex(*(look.shape[-1] for look in looks)):
         places = [look[..., tap] for look, tap in zip(looks, taps, strict=True)]
         meets = reduce(np.logical_and, [place >= 0 for place in places])
-        pixels = numbers[(samples, slice(None), *places)]
-        found.append(np.moveaxis(np.where(meets[..., None], pixels, 0), -1, 1))
-    return call.sets.unite_all(found) if found else np.zeros(call.shape, np.int32)
+        pixels = np.ravel_multi_index([np.maximum(place, 0) for place in places], tuple(sizes))
+        yield pixels.reshape(len(image), -1), meets.reshape(len(image), -1)
 
 
-def _looked_at(call: Call, axis: int) -> np.ndarray:
+def _looked_at(call: Call, image: Tensor, grid: Tensor, axis: int) -> np.ndarray:
     """(samples, *outputs, taps): the places along one axis of the image that weigh something.
 
     Sampled are unit vectors of this axis, times numbers at random along the others, so that
     weights of both signs do not cancel.
     """
-    image, grid, *options = call.args
+    options = call.args[-4:-1] if "backward" in call.op else call.args[-3:]
     grid = call.value(grid).cpu()
     size = image.shape[axis]
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +194,8 @@ def _looked_at(call: Call, axis: int) -> np.ndarray:
     others = [1 if place == axis else image.shape[place] for place in range(2, image.dim())]
     waves = 1 + torch.rand([1, 1, *others], generator=generator, dtype=grid.dtype)
     probes = (units * waves).expand(len(grid), size, *image.shape[2:])
-    weights = call.func(probes, grid, *options)
+    sampler = aten.grid_sampler_2d if image.dim() == 4 else aten.grid_sampler_3d
+    weights = sampler(probes, grid, *options)
     return _listed((weights != 0).movedim(1, -1).numpy())
 
 

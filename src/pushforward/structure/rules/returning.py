@@ -30,13 +30,6 @@ def returned(call: Call, gradient: Numbers, forward: Callable[[Tensor], Tensor])
     return joined(call, room, places, values, True)[1:].reshape(call.shape)
 
 
-@rule(aten.unfold_backward)
-def unfold_backward(call: Call) -> list[Numbers]:
-    axis, size, step = call.args[2:5]
-    gradient = call.numbers(call.args[0])
-    return [returned(call, gradient, lambda x: x.unfold(axis, size, step))]
-
-
 @rule(aten.reflection_pad1d_backward, aten.reflection_pad2d_backward)
 @rule(aten.reflection_pad3d_backward, aten.replication_pad1d_backward)
 @rule(aten.replication_pad2d_backward, aten.replication_pad3d_backward)

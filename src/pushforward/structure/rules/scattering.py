@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pushforward.structure.rules.registry import Call, Numbers, positions, rule
-from pushforward.structure.sets import EMPTY, VARIES
+from pushforward.structure.sets import VARIES
 
 aten = torch.ops.aten
 
@@ -36,6 +36,8 @@ def scatter(call: Call) -> list[Numbers]:
 def along_an_axis(call: Call) -> list[Numbers]:
     """``out[..., index[i], ...] = source[..., i, ...]`` along one axis."""
     own, axis, index, source = call.args[:4]
+    if call.kwargs.get("alpha", 1) == 0:
+        return [call.numbers(own)]
     places = _all_places(own)
     chosen = _index(call, index).reshape(-1)
     places = places.index_select(axis, chosen) if own.dim() else places.expand(len(chosen))
@@ -61,7 +63,8 @@ def put(call: Call) -> list[Numbers]:
     own, index, source = call.args[:3]
     places = _all_places(own).reshape(-1)[_index(call, index)]
     adds = bool(call.arg(3, "accumulate", False))
-    return [_written(call, [index], places, call.numbers(source), adds)]
+    values = call.numbers(source).reshape(places.shape)
+    return [_written(call, [index], places, values, adds)]
 
 
 @rule(aten.col2im)
@@ -108,9 +111,7 @@ def embedding_renorm_(call: Call) -> list[Numbers]:
     return [np.maximum(call.numbers(call.args[0]), VARIES)]
 
 
-def joined(
-    call: Call, base: Numbers, places: np.ndarray, values: Numbers, keeps: bool
-) -> Numbers:
+def joined(call: Call, base: Numbers, places: np.ndarray, values: Numbers, keeps: bool) -> Numbers:
     """Sets written at flat places: united where they meet, and with what was there if it stays."""
     places = places.reshape(-1)
     values = np.broadcast_to(values, places.shape) if values.ndim == 0 else values.reshape(-1)

@@ -33,9 +33,7 @@ def windows(
         zip(kernel, stride, dilation, sizes, strict=True)
     ):
         place = padded.ndim - len(kernel) + axis
-        shifted = [
-            _strided(padded, place, tap * apart, step, size) for tap in range(taps)
-        ]
+        shifted = [_strided(padded, place, tap * apart, step, size) for tap in range(taps)]
         padded = sets.sets.unite_all(shifted)
     return padded
 
@@ -103,9 +101,7 @@ def _own(
         ]
     )
     kinds, where = np.unique(meets, axis=1, return_inverse=True)
-    parts = [
-        call.sets.unite_axis(taps[..., kind].reshape(*taps.shape[:2], -1)) for kind in kinds.T
-    ]
+    parts = [call.sets.unite_axis(taps[..., kind].reshape(*taps.shape[:2], -1)) for kind in kinds.T]
     return np.stack(parts, -1)[..., where.reshape(-1)].reshape(-1, *sizes)
 
 
