@@ -322,7 +322,9 @@ class Arguments:
         return Arguments(args, chosen, domain, tuple(values))
 
     @staticmethod
-    def like(domain: Layout, args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> Arguments | None:
+    def like(
+        domain: Layout, args: tuple[Any, ...], argnums: int | tuple[int, ...]
+    ) -> Arguments | None:
         """The arguments of another call, where it is plain to see that they are like those before.
 
         One tensor with the shape, dtype and device of the only leaf; None where more is to be
@@ -361,7 +363,11 @@ class Arguments:
             return ()
         chosen = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         rest = [arg for i, arg in enumerate(self.args) if i not in chosen]
-        own = [v for v, leaf in zip(self.leaves, self.domain.leaves, strict=True) if not leaf.differentiable]
+        own = [
+            v
+            for v, leaf in zip(self.leaves, self.domain.leaves, strict=True)
+            if not leaf.differentiable
+        ]
         leaves = [*Structure.of(rest)[0], *own]
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 

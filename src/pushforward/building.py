@@ -1,4 +1,4 @@
-"""A chosen strategy made ready: its program recorded, and verified at the point and at a second one."""
+"""A chosen strategy made ready: its program recorded, and verified at two points."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _settled(candidate: Candidate, made: Program) -> Candidate:
 
 
 def _why_no_program(arguments: Arguments, recipe: Recipe, memory: int | None) -> str | None:
-    candidate, passes = recipe.candidate, recipe.candidate.passes
+    _candidate, passes = recipe.candidate, recipe.candidate.passes
     if recipe.structure.guards.elsewhere:
         return "values go where they cannot be compared"
     if memory is not None:
@@ -231,12 +231,16 @@ def verify(mapping: Map, arguments: Arguments, recipe: Recipe, once: bool = Fals
         for place, point in points[: 1 if once else 2]:
             try:
                 wrong = _differs(mapping, point, recipe)
-            except Exception:  # a function need not be defined nearby, or takes another branch there
+            except (
+                Exception
+            ):  # a function need not be defined nearby, or takes another branch there
                 if point is arguments:
                     raise
                 continue
             if wrong:
-                return f"{recipe.candidate.strategy} gives other numbers than a backward pass {place}"
+                return (
+                    f"{recipe.candidate.strategy} gives other numbers than a backward pass {place}"
+                )
     return None
 
 
@@ -350,5 +354,3 @@ def _diagonal_agrees(
             if not agree(whole[..., place], row, row.abs()):
                 return False
     return True
-
-

@@ -1,4 +1,4 @@
-"""Entries of a sparse Jacobian from a few passes: seeds go in, entries are read where they stand."""
+"""Entries of a sparse Jacobian from a few passes: seeds go in, entries are read off."""
 
 from __future__ import annotations
 

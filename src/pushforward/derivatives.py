@@ -15,7 +15,7 @@ from pushforward.jacobians import Jacobian
 from pushforward.memory import cached_plans, store_plan
 from pushforward.meter import Cost, measure
 from pushforward.passes import Linearization
-from pushforward.planning import check_again, choose, due, plain_again
+from pushforward.planning import Recipe, check_again, choose, due, plain_again
 from pushforward.plans import Plan
 from pushforward.problems import Problem, check_memory, check_quantity
 from pushforward.recalling import settled
@@ -201,7 +201,7 @@ def _holds(plan: Plan, arguments: Arguments) -> bool:
 
 
 def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
-    """Follow a plan: at once by its program, else with a tape that is still like the planned one."""
+    """Follow a plan: at once by its program, else with a tape like the planned one."""
     if plan.recipe.evaluation is not None:
         return _by_program(plan, arguments, plan.recipe.evaluation)
     linear = plan.linearise(arguments)

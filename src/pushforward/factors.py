@@ -31,9 +31,7 @@ class Tap(TorchDispatchMode):
         orders: numbers of ops whose indices are kept, arguments and outputs.
     """
 
-    def __init__(
-        self, cuts: Sequence[tuple[int, int]] = (), orders: Collection[int] = ()
-    ) -> None:
+    def __init__(self, cuts: Sequence[tuple[int, int]] = (), orders: Collection[int] = ()) -> None:
         super().__init__()
         self._cuts = {number for number, _ in cuts}
         self._orders = frozenset(orders)
@@ -255,7 +253,9 @@ class _Part:
             gradients_of(outputs, inputs, list(some), len(some[0]), create, batched)[0]
             for some in chunks
         ]
-        return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+        return (
+            parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+        )
 
     def _units(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Unit vectors of a boundary, each ``(width, *tensor)``, the same for each sample."""

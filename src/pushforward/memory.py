@@ -48,9 +48,9 @@ def _owner(function: Callable[..., Any]) -> tuple[Any, int]:
     if isinstance(function, types.FunctionType):
         return function.__code__, 0
     if isinstance(function, types.MethodType):
-        return function.__func__.__code__ if hasattr(function.__func__, "__code__") else function, id(
-            function.__self__
-        )
+        return function.__func__.__code__ if hasattr(
+            function.__func__, "__code__"
+        ) else function, id(function.__self__)
     return function, 0
 
 

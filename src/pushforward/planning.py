@@ -80,7 +80,7 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
         return best
     simple = min(plain, key=lambda candidate: candidate.work)
     gain = simple.work > WORTHWHILE * best.work
-    return best if gain or best.passes < simple.passes and simple.passes <= 3 else simple
+    return best if gain or best.passes < simple.passes <= 3 else simple
 
 
 def plain_again(problem: Problem, recipe: Recipe, why: str) -> Recipe:

@@ -201,9 +201,7 @@ def quiet_vmap() -> Iterator[None]:
 
 
 @contextmanager
-def untouched(
-    function: Callable[..., Any], state: RandomState | None = None
-) -> Iterator[Loan]:
+def untouched(function: Callable[..., Any], state: RandomState | None = None) -> Iterator[Loan]:
     """Run a user's function so that nothing of it is visible afterwards, and so that it can be
     differentiated. Yields the loan of its buffers, which knows the modules that it runs.
 

@@ -4,7 +4,7 @@ A plan holds for the code that ran: the branches that it took, the modules, para
 that it found. They are found again by what can be reached from the function: closures, globals that
 its code names, attributes of modules and objects, items of containers.
 
-Nothing here keeps what it found alive: a plan that is remembered for a model must not hold the model.
+Nothing here keeps what it found alive: a plan that is remembered for a model does not hold it.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class _Search:
         if _settled_name(type(thing).__module__) or isinstance(thing, type):
             return
         self._mapping(thing.__dict__, place, attrgetter("__dict__"))
-        call = getattr(type(thing), "__call__", None)
+        call = type(thing).__dict__.get("__call__")
         if isinstance(call, types.FunctionType):
             self._find(place, _call_of, call)
 

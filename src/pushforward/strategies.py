@@ -140,9 +140,7 @@ def batch(problem: Problem) -> Candidate | str:
     ]
     if problem.quantity != "hessian":
         least = int(columns.max(initial=-1)) + 1
-        colorings.append(
-            Coloring("columns", columns, None, read_columns(pattern, columns), least)
-        )
+        colorings.append(Coloring("columns", columns, None, read_columns(pattern, columns), least))
     return _cheapest(problem, pattern, colorings, "batch")
 
 
@@ -172,7 +170,9 @@ def sparse(problem: Problem) -> Candidate | str:
 def _least_share(pattern: Pattern) -> float:
     """The share of rows, or of columns, that must stay passes of their own."""
     m, n = pattern.shape
-    return min(_longest(pattern.column_lengths) / max(m, 1), _longest(pattern.row_lengths) / max(n, 1))
+    return min(
+        _longest(pattern.column_lengths) / max(m, 1), _longest(pattern.row_lengths) / max(n, 1)
+    )
 
 
 def _fewest(problem: Problem, pattern: Pattern) -> Candidate | str:

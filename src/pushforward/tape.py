@@ -66,9 +66,7 @@ class Tape:
 class Watch(Protocol):
     """What may look on while a map is recorded."""
 
-    def start(
-        self, inputs: Sequence[Tensor], arguments: Sequence[Tensor], domain: Layout
-    ) -> None:
+    def start(self, inputs: Sequence[Tensor], arguments: Sequence[Tensor], domain: Layout) -> None:
         """A run begins: from these inputs, with these other tensors among its arguments."""
 
     def following(self) -> AbstractContextManager[None]:
@@ -268,7 +266,7 @@ def _detached(leaves: Sequence[Any], codomain: Layout) -> Any:
 
 
 def inside_a_transform(tensors: Sequence[Tensor]) -> bool:
-    """Whether some tensors are those of a transform of ``torch.func``, which hide what they hold."""
+    """Whether some tensors are those of a transform of ``torch.func``: they hide what they hold."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 

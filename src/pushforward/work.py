@@ -15,17 +15,72 @@ aten = torch.ops.aten
 
 # Elementwise, but many operations for each element.
 _CURVED = frozenset(
-    "tanh sigmoid exp expm1 exp2 log log1p log2 log10 sin cos tan sinh cosh asin acos atan atan2"
-    " erf erfc erfinv gelu gelu_backward silu silu_backward softplus softplus_backward mish pow"
-    " elu celu log_sigmoid_forward _softmax _log_softmax lgamma digamma".split()
+    [
+        "tanh",
+        "sigmoid",
+        "exp",
+        "expm1",
+        "exp2",
+        "log",
+        "log1p",
+        "log2",
+        "log10",
+        "sin",
+        "cos",
+        "tan",
+        "sinh",
+        "cosh",
+        "asin",
+        "acos",
+        "atan",
+        "atan2",
+        "erf",
+        "erfc",
+        "erfinv",
+        "gelu",
+        "gelu_backward",
+        "silu",
+        "silu_backward",
+        "softplus",
+        "softplus_backward",
+        "mish",
+        "pow",
+        "elu",
+        "celu",
+        "log_sigmoid_forward",
+        "_softmax",
+        "_log_softmax",
+        "lgamma",
+        "digamma",
+    ]
 )
 # They pick or place elements one by one.
 _PICKING = frozenset(
-    "index_select index gather scatter scatter_add index_add index_put index_copy index_fill"
-    " take embedding roll flip sort topk cumsum cumprod _unsafe_index masked_scatter"
-    " max_pool2d_with_indices max_pool2d_with_indices_backward".split()
+    [
+        "index_select",
+        "index",
+        "gather",
+        "scatter",
+        "scatter_add",
+        "index_add",
+        "index_put",
+        "index_copy",
+        "index_fill",
+        "take",
+        "embedding",
+        "roll",
+        "flip",
+        "sort",
+        "topk",
+        "cumsum",
+        "cumprod",
+        "_unsafe_index",
+        "masked_scatter",
+        "max_pool2d_with_indices",
+        "max_pool2d_with_indices_backward",
+    ]
 )
-_BATCHED = frozenset("bmm baddbmm".split())
+_BATCHED = frozenset(["bmm", "baddbmm"])
 # Convolutions work on so many channels at once.
 _VECTOR = 8
 

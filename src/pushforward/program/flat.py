@@ -104,9 +104,7 @@ def _compiled(
     source = writer.text([*recording.inputs, *writer.used_externals])
     names = writer.names
     exec(compile(source, "<program>", "exec"), names)  # our own text, from ops that ran
-    externals = tuple(
-        _holder(recording.externals[slot], owned) for slot in writer.used_externals
-    )
+    externals = tuple(_holder(recording.externals[slot], owned) for slot in writer.used_externals)
     guards = sum(not i.outs for i in recording.instructions)
     varies, ops = _depends(recording, outputs), tally(recording)
     run, traceable = names["run"], {**names, **writer.overloads}
@@ -232,8 +230,38 @@ class _Writer:
 
 # Functions of torch with the arguments of the op, called in half the time.
 _DIRECT = frozenset(
-    "add sub mul div neg roll mm bmm mv addmm addcmul tanh sigmoid relu exp log sin cos sqrt rsqrt abs"
-    " index_select cat flip square reciprocal cumsum where clone gather".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "roll",
+        "mm",
+        "bmm",
+        "mv",
+        "addmm",
+        "addcmul",
+        "tanh",
+        "sigmoid",
+        "relu",
+        "exp",
+        "log",
+        "sin",
+        "cos",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "index_select",
+        "cat",
+        "flip",
+        "square",
+        "reciprocal",
+        "cumsum",
+        "where",
+        "clone",
+        "gather",
+    ]
 )
 
 

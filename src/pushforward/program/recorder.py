@@ -122,9 +122,7 @@ class Recorder(TorchDispatchMode):
         slot = self.slot(tensor)
         if self.recording.groups[slot] in self._varying:
             values = tensor.detach().clone()
-            self._add(
-                Instruction(aten.equal.default, (slot, values), {}, (), frozenset(), True)
-            )
+            self._add(Instruction(aten.equal.default, (slot, values), {}, (), frozenset(), True))
 
     def slot(self, tensor: Tensor) -> Slot:
         """The slot of a tensor; for one from outside, a new one."""
@@ -163,9 +161,7 @@ class Recorder(TorchDispatchMode):
         known = [self._known(tensor) for tensor in outputs]
         if not writes and all(slot is not None for slot in known):
             return  # the same tensor again: a view of all of it, or detached
-        outs = tuple(
-            None if t is None else self._output(t) for t in _flat_results(result)
-        )
+        outs = tuple(None if t is None else self._output(t) for t in _flat_results(result))
         self._mark(varies, reads, writes, [slot for slot in outs if slot is not None], outputs)
         self._add(Instruction(func, args, kwargs, outs, writes))
 

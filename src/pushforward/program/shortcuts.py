@@ -1,4 +1,4 @@
-"""Making a recording shorter: constants folded, copies left out, identity seeds never multiplied."""
+"""A recording made shorter: constants folded, no copies, no products with the identity."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from pushforward.program.recorder import Instruction, Like, Recording, Slot
 
 aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
 
 
 def shortened(recording: Recording, outputs: Sequence[Slot]) -> tuple[Recording, tuple[Slot, ...]]:
@@ -41,10 +43,16 @@ class Context:
         self._written = written_groups(self.recording)
         reads = [slot for i in self.recording.instructions for slot in i.reads]
         self._uses = Counter([*reads, *self.outputs])
+        viewed = [i for i in self.recording.instructions if i.func in _VIEWS]
+        self._viewed = frozenset(slot for i in viewed for slot in i.reads)
 
     def used_once(self, slot: Slot) -> bool:
         """Whether one instruction alone reads a slot, so that it may do the work itself."""
         return self._uses[slot] <= 1
+
+    def must_lie_so(self, slot: Slot) -> bool:
+        """Whether somebody views a slot, and so relies on how it lies in memory."""
+        return slot in self._viewed
 
     def emit(self, func: Any, args: tuple[Any, ...], like: Like) -> Slot:
         """Enter an instruction that was not there, and give the slot of its result."""
@@ -228,8 +236,10 @@ def _fused(i: Instruction, context: Context) -> Instruction:
 def _own_product(slot: Slot, context: Context) -> tuple[Slot, Slot] | None:
     """The factors of a product that nobody else reads."""
     made = context.maker(slot, aten.mul.Tensor)
-    if made is None or not context.used_once(slot) or not all(
-        isinstance(factor, Slot) for factor in made.args
+    if (
+        made is None
+        or not context.used_once(slot)
+        or not all(isinstance(factor, Slot) for factor in made.args)
     ):
         return None
     return made.args[0], made.args[1]
@@ -309,7 +319,11 @@ def _times_number(number: float, slot: Slot, context: Context) -> Any:
         value = context.constant(fused.args[1])
         if start is not None and value is not None:
             begun = context.emit(*start, context.like(fused.args[0]))
-            return aten.addcmul.default, (begun, context.new_constant(value * number), fused.args[2])
+            return aten.addcmul.default, (
+                begun,
+                context.new_constant(value * number),
+                fused.args[2],
+            )
     return None
 
 
@@ -332,9 +346,11 @@ def _view(i: Instruction, context: Context) -> Instruction | Slot:
     if _lies_like(source, i, context):
         return source
     repeated = context.maker(source, aten.index_select.default)
-    if repeated is not None and (lies := _repeats(repeated, shape, context)) is not None:
-        where = (repeated.args[0], list(shape), lies, 0)
-        return replace(i, func=aten.as_strided.default, args=where)
+    if repeated is not None and not context.must_lie_so(out_of(i)):
+        lies = _repeats(repeated, shape, context)
+        if lies is not None:
+            where = (repeated.args[0], list(shape), lies, 0)
+            return replace(i, func=aten.as_strided.default, args=where)
     for func in (aten.view.default, aten._unsafe_view.default):
         inner = context.maker(source, func)
         if inner is not None and _is_contiguous(context.like(inner.args[0])):

@@ -1,1 +1,1 @@
-"""The structure of a Jacobian, read from the ops that a function runs; nothing is differentiated."""
+"""The structure of a Jacobian, read from the ops that run; nothing is differentiated."""

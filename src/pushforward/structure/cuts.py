@@ -6,6 +6,7 @@ product; dynamic programming over all pairs of cuts finds the order with the few
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -170,7 +171,7 @@ def chain(graph: Graph, found: list[Cut], n: int, m: int, lead: int = 1) -> Chai
     bounds = [-1, *(cut.after for cut in found), len(graph.steps) - 1]
     parts = [
         sum(_work(step) for step in graph.steps[low + 1 : high + 1]) / lead
-        for low, high in zip(bounds, bounds[1:], strict=False)
+        for low, high in itertools.pairwise(bounds)
     ]
     return Chain((n, *(cut.width for cut in found), m), tuple(parts))
 

@@ -72,9 +72,7 @@ class Detector:
     fine: bool | None = None
     followers: dict[str, Follower] = field(default_factory=dict)
 
-    def start(
-        self, inputs: Sequence[Tensor], arguments: Sequence[Tensor], domain: Layout
-    ) -> None:
+    def start(self, inputs: Sequence[Tensor], arguments: Sequence[Tensor], domain: Layout) -> None:
         """Make the followers for a run that is about to begin."""
         self.followers = {}
         if inside_a_transform((*inputs, *arguments)):
@@ -83,7 +81,7 @@ class Detector:
         fine = count <= _FEW if self.fine is None else self.fine
         tiers = {"elements": (labels, count)} if fine else {"drawn": _drawn(labels, count)}
         samples = _sample_labels(inputs, domain)
-        if samples is not None and not (self.fine is True):
+        if samples is not None and self.fine is not True:
             tiers["samples"] = samples
         self.followers = {
             name: Follower(inputs, *tier, arguments=arguments) for name, tier in tiers.items()
@@ -209,9 +207,7 @@ def _drawn(labels: list[np.ndarray], count: int) -> tuple[list[np.ndarray], int]
     return [place[label] for label in labels], len(chosen) + 1
 
 
-def _sample_labels(
-    inputs: Sequence[Tensor], domain: Layout
-) -> tuple[list[np.ndarray], int] | None:
+def _sample_labels(inputs: Sequence[Tensor], domain: Layout) -> tuple[list[np.ndarray], int] | None:
     """One variable for each index along dimension 0, where that can be a batch."""
     sizes = {len(x) if x.dim() else 1 for x in inputs}
     if domain.batch is not None or len(sizes) != 1 or sizes & {0, 1}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# What stands for the content of a storage between two writes: its number, and how often it was written.
+# The content of a storage between two writes: its number, and how often it was written.
 Value = tuple[int, int]
 
 

@@ -124,9 +124,7 @@ class Sets:
         """The union of each column of (K, N): columns alike are merged once."""
         while len(rows) > _AT_ONCE:
             whole = len(rows) // _AT_ONCE * _AT_ONCE
-            parts = [
-                self._unite_columns(rows[i : i + _AT_ONCE]) for i in range(0, whole, _AT_ONCE)
-            ]
+            parts = [self._unite_columns(rows[i : i + _AT_ONCE]) for i in range(0, whole, _AT_ONCE)]
             rows = np.concatenate([np.stack(parts), rows[whole:]])
         if len(rows) == 1:
             return rows[0]
@@ -244,9 +242,7 @@ def _unique_columns(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index, inverse
 
 
-def _set_bits(
-    bits: np.ndarray, rows: np.ndarray, lengths: np.ndarray, entries: np.ndarray
-) -> None:
+def _set_bits(bits: np.ndarray, rows: np.ndarray, lengths: np.ndarray, entries: np.ndarray) -> None:
     owners = np.repeat(rows, lengths)
     words, places = entries // 64, (entries % 64).astype(np.uint64)
     flat = bits.reshape(-1)

@@ -20,8 +20,10 @@ _SUMS = frozenset(
         *(aten.mean, aten.cumsum, aten.copy_, aten.fill_, aten.zero_, aten.trace, aten.real),
         *(aten.imag, aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten.conj),
         *(aten.index_add, aten.scatter_add, aten.index_put, aten.index_put_, aten.slice_backward),
-        *(aten.select_backward, aten._fft_r2c, aten._fft_c2c, aten._fft_c2r, aten.upsample_bilinear2d),
-        *(aten.upsample_nearest2d, aten.upsample_nearest1d, aten.upsample_linear1d, aten.masked_fill),
+        *(aten.select_backward, aten._fft_r2c, aten._fft_c2c, aten._fft_c2r),
+        aten.upsample_bilinear2d,
+        *(aten.upsample_nearest2d, aten.upsample_nearest1d, aten.upsample_linear1d),
+        aten.masked_fill,
         *MOVES,
     }
 )
