@@ -32,6 +32,11 @@ class Evaluation:
     program: Program
     trained: list[bool] = field(default_factory=list)
 
+    def versions(self) -> tuple[int, ...]:
+        """How often each tensor from outside was written to."""
+        found = [external() for external in self.program.externals]
+        return tuple([0 if t is None or t.is_inference() else t._version for t in found])
+
     def values(
         self, inputs: Sequence[Tensor], others: Sequence[Tensor], make: Maker
     ) -> tuple[Tensor, ...]:

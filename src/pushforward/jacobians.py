@@ -51,6 +51,7 @@ class Jacobian(LinearOperator):
         self.plan = plan
         self._arguments = arguments
         self._made = linear
+        self._versions = plan.versions()
         self._kept: Tensor | None = None
         self._parts: Sequence[Tensor] | None = None
 
@@ -192,8 +193,17 @@ class Jacobian(LinearOperator):
     def _planned(self) -> Sequence[Tensor]:
         """What the scheme of the plan gives: values in the order of the pattern, or two factors."""
         if self._parts is None or not self._has_parts():
+            self._refuse_changed()
             self._parts = self.plan.entries(self._arguments, self._made)
         return self._parts
+
+    def _refuse_changed(self) -> None:
+        """Raise where a parameter that a program reads was changed since the Jacobian was taken."""
+        if self.plan.versions() != self._versions:
+            raise DifferentiationError(
+                "expected the parameters that this Jacobian was taken at, but they were changed in "
+                "place since then; call pf.jacobian again after such a step"
+            )
 
     def _has_parts(self) -> bool:
         """Whether what the scheme gives is there, and of use to whoever asks now.

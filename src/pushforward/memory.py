@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+from pushforward.errors import PlanError
 from pushforward.plans import Plan
 
 # How many plans are remembered for one function: one for each signature.
@@ -55,4 +56,4 @@ def _owner(function: Callable[..., Any]) -> tuple[Any, int]:
 
 
 def _forgotten(*_: Any) -> Any:
-    raise RuntimeError("a remembered plan knows its function only when it is asked for")
+    raise PlanError("a remembered plan knows its function only when it is asked for")

@@ -122,6 +122,11 @@ class Plan:
         made.__dict__["function"] = function
         return made
 
+    def versions(self) -> tuple[int, ...]:
+        """How often each tensor that the program reads was written to."""
+        evaluation = self.recipe.evaluation
+        return () if evaluation is None else evaluation.versions()
+
     @property
     def has_program(self) -> bool:
         """Whether all entries come from a flat program."""

@@ -153,4 +153,4 @@ def _verified(plan: Plan, arguments: Arguments, recipe: Recipe) -> Recipe | None
 
 
 def _forgotten(*_: Any) -> Any:
-    raise RuntimeError("a plan that was loaded knows its function only when it is asked for")
+    raise PlanError("a plan that was loaded knows its function only when it is asked for")

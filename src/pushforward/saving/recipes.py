@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from pushforward.boundary import Layout
+from pushforward.errors import InputError
 from pushforward.meter import Cost
 from pushforward.planning import Recipe
 from pushforward.saving.archive import Arrays, Header
@@ -64,7 +65,7 @@ def recipe_of(header: Header, arrays: Arrays, domain: Layout) -> Recipe:
         header["note"],
     )
     if header["strategy"] not in STRATEGIES:
-        raise ValueError(f"a strategy {header['strategy']!r} that is not known")
+        raise InputError(f"a strategy {header['strategy']!r} that is not known")
     candidate = Candidate(
         header["strategy"],
         int(header["jvps"]),

@@ -10,6 +10,7 @@ from pushforward.boundary import Layout
 from pushforward.coloring import Coloring
 from pushforward.coloring.scheme import Step as Substitution
 from pushforward.compressed import Compressed
+from pushforward.errors import InputError
 from pushforward.factors import Split
 from pushforward.pattern import Pattern
 from pushforward.saving.archive import Arrays, Header
@@ -74,11 +75,11 @@ def scheme_of(
         cuts = tuple(_cut(cut) for cut in header["cuts"])
         split = Split(cuts, _way(header["way"]), tuple(header["lead"]))
         if not split.used or max(split.used) > len(cuts):
-            raise ValueError("factors that end at no cut")
+            raise InputError("factors that end at no cut")
         return split
     chosen = pattern_of("scheme", arrays) if header["own"] else pattern
     if chosen is None:
-        raise ValueError("a colouring without a pattern")
+        raise InputError("a colouring without a pattern")
     coloring = _coloring(header, arrays)
     _check_coloring(coloring, chosen)
     return Compressed(chosen, coloring, domain.dtype, domain.device)
@@ -110,10 +111,10 @@ def _check_coloring(coloring: Coloring, pattern: Pattern) -> None:
     m, n = pattern.shape
     sides = ((coloring.column_colors, n), (coloring.row_colors, m))
     if any(colors is not None and len(colors) != size for colors, size in sides):
-        raise ValueError("as many colours as rows and columns are expected")
+        raise InputError("as many colours as rows and columns are expected")
     _check_places(coloring.source, coloring.jvps * m + coloring.vjps * n)
     if len(coloring.source) != pattern.nnz:
-        raise ValueError("one place for each entry is expected")
+        raise InputError("one place for each entry is expected")
     for step in coloring.steps or ():
         for places in step:
             _check_places(places, pattern.nnz)
@@ -121,7 +122,7 @@ def _check_coloring(coloring: Coloring, pattern: Pattern) -> None:
 
 def _check_places(places: np.ndarray, count: int) -> None:
     if len(places) and not (places.min() >= 0 and places.max() < count):
-        raise ValueError("a place out of range")
+        raise InputError("a place out of range")
 
 
 def _cut(header: Header) -> Cut:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pushforward.boundary import Layout, Leaf, Structure
+from pushforward.errors import InputError
 from pushforward.saving.archive import Header
 
 
@@ -29,7 +30,7 @@ def layout_of(side: Header) -> Layout:
     structure = single if side["tree"] == single.signature else _Recalled.by(side["tree"])
     layout = Layout(structure, leaves, side["batch"])
     if not layout.active:
-        raise ValueError("a side without anything to differentiate")
+        raise InputError("a side without anything to differentiate")
     return layout
 
 
@@ -53,5 +54,5 @@ def _dtype_name(dtype: torch.dtype | None) -> str | None:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name} is no dtype")
+        raise InputError(f"{name} is no dtype")
     return found
