@@ -89,7 +89,8 @@ class Circumstances:
         parts = ["shapes, dtypes, devices, training mode, Python state"]
         if self.constants:
             shapes = ", ".join(str(c.shape) for c in self.constants[:4])
-            parts.append(f"{len(self.constants)} constants that serve as masks ({shapes})")
+            more = ", ..." if len(self.constants) > 4 else ""
+            parts.append(f"values of constants that serve as masks or indices: {shapes}{more}")
         if any(old is not None for old in self.arguments):
             parts.append("values of integer arguments")
         if self.at_point:

@@ -94,7 +94,8 @@ class TestChoice:
 
     def test_large_passes_go_one_by_one(self):
         """A batch of passes that hold megabytes each is slower than the passes in turn."""
-        net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten(), nn.Linear(2048, 4))
+        body = nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Flatten()
+        net = nn.Sequential(*body, nn.Linear(2048, 4))
         few, many = (pf.plan(net, torch.ones(n, 1, 16, 16), batch_dim=0) for n in (1, 300))
         assert few.strategy == "reverse"
         assert many.strategy == "loop"

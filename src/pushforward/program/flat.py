@@ -120,11 +120,18 @@ def _depends(recording: Recording, outputs: Sequence[Slot]) -> bool:
     """Whether any output depends on an input."""
     reached = {recording.groups[slot] for slot in recording.inputs}
     for i in recording.instructions:
-        if not i.outs or any(recording.groups[slot] in reached for slot in i.reads):
+        if not i.outs or any(recording.groups[slot] in reached for slot in _values_read(i)):
             reached |= {recording.groups[slot] for slot in i.outs if slot is not None} | i.writes
             if not i.outs:
                 return True
     return any(recording.groups[slot] in reached for slot in outputs)
+
+
+def _values_read(instruction: Instruction) -> list[Slot]:
+    """The slots whose values, and not only shapes, an instruction needs."""
+    if instruction.func is aten.convolution_backward.default and not instruction.args[10][1]:
+        return [instruction.args[0], instruction.args[2]]
+    return instruction.reads
 
 
 class _Writer:

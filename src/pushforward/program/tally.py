@@ -36,4 +36,6 @@ def _only_looks(instruction: Instruction, recording: Recording) -> bool:
     """Whether every output is a view of something that was read."""
     read = {recording.groups[slot] for slot in instruction.reads}
     made = {recording.groups[slot] for slot in instruction.outs if slot is not None}
-    return not instruction.writes and made <= read
+    returns = [value.alias_info for value in instruction.func._schema.returns]
+    is_view = all(alias is not None and not alias.is_write for alias in returns)
+    return not instruction.writes and (is_view or made <= read)
