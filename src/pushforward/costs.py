@@ -213,7 +213,7 @@ class Device:
         return tuple((size, max(spent - self.op, spent / 16)) for size, spent in points)
 
     def _clock(self, work: Callable[[], Tensor]) -> float:
-        """Seconds of one call: the least of several tries, since whoever else runs only adds to it."""
+        """Seconds of one call: the least of several tries, as others only add to it."""
         with torch.no_grad():
             once = min(self._timed(work, 1) for _ in range(2))
             repeats = max(1, min(32, int(1e-4 / max(once, 1e-7))))

@@ -34,8 +34,8 @@ class Evaluation:
 
     def versions(self) -> tuple[int, ...]:
         """How often each tensor from outside was written to."""
-        found = [external() for external in self.program.externals]
-        return tuple([0 if t is None or t.is_inference() else t._version for t in found])
+        found = self.program.outside()
+        return tuple([0 if t.is_inference() else t._version for t in found])
 
     def values(
         self, inputs: Sequence[Tensor], others: Sequence[Tensor], make: Maker
@@ -45,7 +45,7 @@ class Evaluation:
         Raises:
             Stale: a value that the program relies on is another one at this point.
         """
-        everything = (*inputs, *others, *[external() for external in self.program.externals])
+        everything = (*inputs, *others, *self.program.outside())
         if not torch.is_grad_enabled():
             return self.program.run(*everything)
         wanted = [tensor for tensor in everything if tensor.requires_grad]

@@ -131,7 +131,7 @@ class Jacobian(LinearOperator):
         """``(k, [B,] size)`` of one side to the other: by entries that are there, or by passes."""
         source, target = self._sides(forward)
         vectors = vectors.to(source.dtype)
-        scheme = self.plan.scheme
+        scheme: Any = self.plan.scheme
         if scheme is not None and self._entries_serve(len(vectors)):
             product = scheme.push if forward else scheme.pull
             return product(*self._planned(), vectors).to(target.dtype)
@@ -365,7 +365,8 @@ class Jacobian(LinearOperator):
         """
         self._require_square("diagonal")
         if self.plan.strategy == "diagonal":
-            return self.plan.recipe.candidate.scheme.diagonal(*self._planned())
+            scheme: Any = self.plan.recipe.candidate.scheme
+            return scheme.diagonal(*self._planned())
         if self.plan.scheme is not None:
             return self._planned_diagonal()
         if self.plan.has_program:

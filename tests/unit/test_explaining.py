@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from time import thread_time
 from typing import Any
 
@@ -33,9 +34,7 @@ def chain(x: Tensor) -> Tensor:
 
 def net(*widths: int) -> nn.Module:
     torch.manual_seed(0)
-    layers = [
-        m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())
-    ]
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
 
 

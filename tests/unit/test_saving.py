@@ -4,6 +4,7 @@ import json
 import pickle
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ def tree(arguments: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
 
 def net(*widths: int) -> nn.Module:
     torch.manual_seed(0)
-    layers = [
-        m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())
-    ]
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers[:-1]).double()
 
 
@@ -341,7 +340,7 @@ class TestRefusals:
     def test_later_versions(self, path: Path):
         saved(path, "both")
         edit(path, lambda header: header.update(version=99))
-        with pytest.raises(LoadError, match="version 1 at .* got version 99; upgrade"):
+        with pytest.raises(LoadError, match=r"version 1 at .* got version 99; upgrade"):
             pf.load_plan(path)
 
     def test_other_formats(self, path: Path):
@@ -368,7 +367,7 @@ class TestRefusals:
     def test_damaged_headers(self, spoil: Callable[[Any], Any], path: Path):
         saved(path, "both")
         edit(path, spoil)
-        with pytest.raises(LoadError, match="a whole plan at .* does not fit together"):
+        with pytest.raises(LoadError, match=r"a whole plan at .* does not fit together"):
             pf.load_plan(path)
 
     @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +59,18 @@ class Program:
         return replace(self, run=torch.compile(names["run"], fullgraph=True, dynamic=False))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.run(*inputs, *[external() for external in self.externals])
+        return self.run(*inputs, *self.outside())
+
+    def outside(self) -> list[Tensor]:
+        """The tensors from outside, as they are now.
+
+        Raises:
+            Stale: one of them is gone.
+        """
+        found = [external() for external in self.externals]
+        if any(tensor is None for tensor in found):
+            raise Stale
+        return cast(list[Tensor], found)
 
 
 def program(

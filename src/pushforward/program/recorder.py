@@ -145,7 +145,8 @@ class Recorder(TorchDispatchMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         slots = [self.slot(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         result = func(*args, **kwargs)
-        self._record(func, *pytree.tree_unflatten(slots, spec), result)
+        filled, named = pytree.tree_unflatten(slots, spec)
+        self._record(func, filled, named, result)
         return result
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

@@ -318,7 +318,7 @@ def _times_number(number: float, slot: Slot, context: Context) -> Any:
         start = _times_number(number, fused.args[0], context)
         value = context.constant(fused.args[1])
         if start is not None and value is not None:
-            begun = context.emit(*start, context.like(fused.args[0]))
+            begun = context.emit(start[0], start[1], context.like(fused.args[0]))
             return aten.addcmul.default, (
                 begun,
                 context.new_constant(value * number),

@@ -25,7 +25,8 @@ def write(path: str | os.PathLike[str], header: Header, arrays: Arrays) -> None:
     """Write arrays and a header as one file."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **header}, default=_plain)
     with open(path, "wb") as file:
-        np.savez_compressed(file, header=np.frombuffer(text.encode(), np.uint8), **arrays)
+        parts: dict[str, Any] = {"header": np.frombuffer(text.encode(), np.uint8), **arrays}
+        np.savez_compressed(file, **parts)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def recipe_of(header: Header, arrays: Arrays, domain: Layout) -> Recipe:
         int(header["jvps"]),
         int(header["vjps"]),
         float(header["work"]),
-        header["cost"] and Cost(*map(int, header["cost"]), ops_of("pass.ops", arrays) or ()),
+        _cost_of(header["cost"], ops_of("pass.ops", arrays) or ()),
         scheme_of(header["scheme"], pattern, arrays, domain),
     )
     return Recipe(
@@ -85,6 +86,14 @@ def recipe_of(header: Header, arrays: Arrays, domain: Layout) -> Recipe:
     )
 
 
+def _cost_of(numbers: list[Any] | None, ops: tuple[Op, ...]) -> Cost | None:
+    """What one pass costs; None where that was not counted."""
+    if not numbers:
+        return None
+    flops, moved, peak, held = map(int, numbers)
+    return Cost(flops, moved, peak, held, ops)
+
+
 def put_ops(name: str, ops: tuple[Op, ...], arrays: Arrays) -> None:
     """What ops do, as rows of numbers."""
     rows = [dataclasses.astuple(op) for op in ops]
@@ -96,6 +105,10 @@ def ops_of(name: str, arrays: Arrays) -> tuple[Op, ...] | None:
     if name not in arrays:
         return None
     return tuple(
-        Op(**{key: kind(value) for (key, kind), value in zip(_KINDS.items(), row, strict=True)})
+        _op_of({key: kind(v) for (key, kind), v in zip(_KINDS.items(), row, strict=True)})
         for row in arrays[name].tolist()
     )
+
+
+def _op_of(parts: dict[str, Any]) -> Op:
+    return Op(**parts)

@@ -155,14 +155,15 @@ class Sets:
         return np.concatenate(parts).astype(np.int32)
 
     def _merge_some(self, rows: np.ndarray) -> np.ndarray:
+        merged: _Lists | np.ndarray
         if self._bits is None:
-            merged: _Lists | np.ndarray = self._lists.merged(rows)
-            lengths = merged.lengths
+            lists = self._lists.merged(rows)
+            merged, lengths = lists, lists.lengths
         else:
-            merged = self._as_bits(rows[:, 0])
+            bits = self._as_bits(rows[:, 0])
             for column in rows.T[1:]:
-                merged |= self._as_bits(column)
-            lengths = np.bitwise_count(merged).sum(1, dtype=np.int64)
+                bits |= self._as_bits(column)
+            merged, lengths = bits, np.bitwise_count(bits).sum(1, dtype=np.int64)
         numbers = np.full(len(rows), -1)
         for column in rows.T:
             whole = (column >= 0) & (self.lengths[np.maximum(column, 0)] == lengths)
