@@ -37,6 +37,8 @@ _SLOW = 1e-3
 _OPS_OF_A_CALL, _OPS_OF_AN_EXTERNAL = 20, 6
 # What an op of a backward pass spends on autograd and vmap, and a convolution on its layouts.
 _OPS_OF_A_TAPED_OP, _OPS_OF_A_CONVOLUTION = 8, 16
+# How much longer than the least of several tries a call usually takes.
+_TYPICAL = 1.2
 # Fewer channels than these leave the units of a processor empty.
 _FEW_CHANNELS = 16
 
@@ -68,7 +70,7 @@ def prediction(ops: Sequence[Op], domain: Layout, externals: int = 0) -> Predict
         sum(op.flops * op.repeats for op in ops),
         sum(op.moved * op.repeats for op in ops),
         sum(op.repeats for op in ops),
-        around + math.fsum(device.seconds(op) * op.repeats for op in ops),
+        _TYPICAL * (around + math.fsum(device.seconds(op) * op.repeats for op in ops)),
     )
 
 
