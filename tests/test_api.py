@@ -47,6 +47,8 @@ SIGNATURES: dict[str, str] = {
     "jacobian": 'f, *args, argnums=0, batch_dim=None, plan="auto", memory=None',
     "hessian": 'f, *args, argnums=0, batch_dim=None, plan="auto", memory=None',
     "plan": 'f, *example_args, argnums=0, batch_dim=None, quantity="jacobian", memory=None',
+    "load_plan": "path, f=None",
+    "Plan.save": "self, path",
     "aslinearoperator": "shape, push, pull",
     "divergence": "f, x, batch_dim=None",
     "laplacian": "f, x, batch_dim=None",
@@ -87,7 +89,8 @@ SIGNATURES: dict[str, str] = {
 }
 ATTRIBUTES = {
     "Jacobian": ("T", "__matmul__"),
-    "Plan": ("passes", "jvps", "vjps", "nnz", "pattern", "__call__", "__str__"),
+    "Plan": ("passes", "jvps", "vjps", "nnz", "pattern", "cost", "__call__", "__str__"),
+    "Pattern": ("nnz", "density", "to_scipy", "plot", "blocks"),
     "PathBound": ("table", "plot", "to_dict"),
 }
 FIELDS = {

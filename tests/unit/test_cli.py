@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import pushforward
 from pushforward import __version__
 from pushforward.cli import main
 from pushforward.cli import report as command
@@ -56,6 +57,19 @@ class Talks(nn.Linear):
 class Coupled(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
+
+class Smoother(nn.Sequential):
+    def __init__(self):
+        super().__init__(*(nn.Conv1d(1, 1, 3, padding=1) for _ in range(2)))
+        self.insert(1, nn.Tanh())
+
+class Energy(nn.Module):
+    def forward(self, x):
+        return ((x[1:] - x[:-1] ** 2) ** 2).sum()
+
+class Lookup(nn.Module):
+    def forward(self, index, table):
+        return table[index] ** 2
 
 class Slow(nn.Linear):
     def __init__(self):
@@ -261,6 +275,7 @@ class TestParser:
             ["report", "--memory", "lots"],
             ["report", "a", "b"],
             ["explain"],
+            ["explain", "m", "--input", "f32[3]", "--quantity", "trace"],
             ["check", "m"],
         ],
     )
@@ -314,6 +329,68 @@ class TestExplain:
         assert "does not take --input f32[7]: RuntimeError" in capsys.readouterr().err
         assert main(["explain", "nets.py:net", "--input", "i64[4]"]) == USAGE
         assert "floating-point or complex" in capsys.readouterr().err
+
+    def test_pattern_where_it_shows_anything(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["explain", "nets.py:Smoother", "--input", "f32[1,1,40]"]) == DONE
+        printed = capsys.readouterr().out
+        assert "strategy   sparse: 5 " in printed
+        assert "40 x 40, 194 entries" in printed
+        assert "\u28ff" in printed
+        assert main(["explain", "nets.py:net", "--input", "f32[4]"]) == DONE
+        assert "entries, density 100%" not in capsys.readouterr().out.splitlines()[-1]
+
+    def test_json_is_one_object_whatever_the_model_prints(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["explain", "nets.py:Talks", "--input", "f32[6,4]", "--json"]
+        assert main(words) == DONE
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)
+        assert found["strategy"] == "batch"
+        assert found["passes"] == found["vjps"] == 3
+        assert found["nnz"] == 6 * 3 * 4
+        assert found["density"] == pytest.approx(1 / 6)
+        assert found["cost"]["seconds"] > 0
+        assert found["dense_ops"] == {}
+        assert "Python state" in found["guards"]
+        assert {"strategy", "reason"} == set(found["rejected"][0])
+        assert "I am being called" in printed.err
+
+    def test_batches(self, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["explain", "nets.py:net", "--input", "f32[6,4]", "--batch", "--json"]
+        assert main(words) == DONE
+        found = json.loads(capsys.readouterr().out)
+        assert (found["shape"], found["batch"]) == ([3, 4], 6)
+        words = ["explain", "nets.py:Coupled", "--input", "f32[6,4]", "--batch"]
+        assert main(words) == NOT_DIFFERENTIABLE
+        assert "influence each other through mean" in capsys.readouterr().err
+
+    def test_quantities(self, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["explain", "nets.py:Energy", "--input", "f32[20]", "--quantity", "hessian"]
+        assert main(words) == DONE
+        assert "hessian of Energy" in capsys.readouterr().out
+        words = ["explain", "nets.py:net", "--input", "f32[4]", "--quantity", "hessian"]
+        assert main(words) == USAGE
+        assert "one output scalar, got 3" in capsys.readouterr().err
+        with_diagonal = ["--input", "f32[1,1,40]", "--quantity", "diagonal", "--json"]
+        assert main(["explain", "nets.py:Smoother", *with_diagonal]) == DONE
+        assert json.loads(capsys.readouterr().out)["quantity"] == "diagonal"
+
+    def test_several_inputs(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The first one that can be differentiated is."""
+        words = ["explain", "nets.py:Lookup", "--input", "i64[3]", "--input", "f32[5]", "--json"]
+        assert main(words) == DONE
+        found = json.loads(capsys.readouterr().out)
+        assert (found["shape"], found["input"]) == ([3, 5], "float32[5]")
+        assert main(["explain", "nets.py:Lookup", "--input", "i64[3]"]) == USAGE
+
+    def test_saves(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["explain", "nets.py:Smoother", "--input", "f32[1,1,40]", "--save", "s.plan"]
+        assert main(words) == DONE
+        printed = capsys.readouterr().out
+        assert str(pushforward.load_plan(place / "s.plan")) in printed
+        assert main([*words[:-1], "no/such/folder/s.plan"]) == USAGE
+        assert "no/such/folder" in capsys.readouterr().err
 
     def test_wrong_input(self, capsys: pytest.CaptureFixture[str]) -> None:
         for spec in ("f32", "float[3]", "f32[a]", "f32[1;2]"):

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from itertools import pairwise
 from time import thread_time
 from typing import Any
 
@@ -111,7 +110,7 @@ PLANS: dict[str, tuple[Callable[[], pf.Plan], tuple[str, ...]]] = {
     ),
     "mask": (
         lambda: pf.plan(Masked(), torch.randn(6)),
-        ("values of constants that serve as masks or", "(6, 6)", "15 of 36 entries"),
+        ("Python state; values of constants that serve as", "(6, 6)", "15 of 36 entries"),
     ),
     "loop": (
         lambda: pf.jacobian(burgers, torch.randn(100), plan="loop").plan,

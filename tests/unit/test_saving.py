@@ -5,7 +5,6 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from itertools import pairwise
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 

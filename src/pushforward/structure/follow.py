@@ -94,6 +94,8 @@ class Follower(TorchDispatchMode):
         for tensor, label in zip(inputs, labels, strict=True):
             self._write(tensor, np.where(label < 0, VARIES, self.sets.single(label)))
         for tensor in arguments:
+            if _key(tensor) in self._shadows:  # the same tensor as an input, or a view of one
+                continue
             constant = not (tensor.is_floating_point() or tensor.is_complex())
             self._add(tensor, EMPTY if constant else VARIES)
         self.graph.inputs = tuple(self.value_of(tensor) for tensor in inputs)
