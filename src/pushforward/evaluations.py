@@ -49,11 +49,22 @@ class Evaluation:
         if not torch.is_grad_enabled():
             return self.program.run(*everything)
         wanted = [tensor for tensor in everything if tensor.requires_grad]
-        if wanted and self.trained:
+        if wanted and (self.trained or any(_is_computed(tensor) for tensor in wanted)):
             return tuple(make())
         if wanted:
             return _OnDemand.apply(_Call(self, everything, make), *wanted)
         return self.program.run(*everything)
+
+
+def _is_computed(tensor: Tensor) -> bool:
+    """Whether a tensor has a graph behind it, through which others that are wanted may be reached.
+
+    Gradients on demand would go through that graph a second time. A copy of a leaf has none.
+    """
+    node = tensor.grad_fn
+    while node is not None and node.name() in ("CloneBackward0", "ViewBackward0"):
+        node = node.next_functions[0][0]
+    return node is not None and node.name() != "torch::autograd::AccumulateGrad"
 
 
 @dataclass(frozen=True, eq=False)

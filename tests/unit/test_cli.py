@@ -335,7 +335,7 @@ class TestExplain:
         printed = capsys.readouterr().out
         assert "strategy   sparse: 5 " in printed
         assert "40 x 40, 194 entries" in printed
-        assert "\u28ff" in printed
+        assert "\u28f7" in printed
         assert main(["explain", "nets.py:net", "--input", "f32[4]"]) == DONE
         assert "entries, density 100%" not in capsys.readouterr().out.splitlines()[-1]
 
@@ -346,8 +346,7 @@ class TestExplain:
         assert main(words) == DONE
         printed = capsys.readouterr()
         found = json.loads(printed.out)
-        assert found["strategy"] == "batch"
-        assert found["passes"] == found["vjps"] == 3
+        assert (found["strategy"], found["passes"]) == ("constant", 0)
         assert found["nnz"] == 6 * 3 * 4
         assert found["density"] == pytest.approx(1 / 6)
         assert found["cost"]["seconds"] > 0
