@@ -238,6 +238,10 @@ def _anew(request: _Request) -> Jacobian:
     tape, recorded = _recorded(request, detector)
     linear = Linearization(tape)
     structure = NOTHING if detector is None else _structure(request, detector, tape)
+    if detector is not None and not tape.census.vmappable:
+        # Its backward takes another way where a mode looks on, as it does under vmap.
+        tape = mapping.tape(arguments, state=tape.state)
+        linear = Linearization(tape)
     problem = Problem(linear, mapping.quantity, request.memory, recorded, structure)
     recipe = replace(
         choose(problem, request.wanted),
