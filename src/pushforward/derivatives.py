@@ -130,7 +130,7 @@ def plan(
     Example:
         >>> import torch
         >>> plan(torch.sin, torch.zeros(3)).passes
-        3
+        1
     """
     check_quantity(quantity)
     return _at(f, example_args, argnums, batch_dim, "auto", memory, quantity, compile).plan

@@ -99,6 +99,11 @@ def lines(plan: Planned) -> Lines:
         yield "checked", note
 
 
+def ops_in_words(count: int) -> str:
+    """So many ops."""
+    return "1 op" if count == 1 else f"{count} ops"
+
+
 def times(count: int) -> str:
     """How often, in words."""
     return "once" if count == 1 else f"{count} times"
@@ -141,7 +146,7 @@ def _scheme(recipe: Recipe) -> Lines:
     if candidate.strategy == "batch" and structure.samples and structure.pattern is not None:
         m, n = (size // structure.samples for size in structure.pattern.shape)
         yield "blocks", f"{structure.samples} blocks of {m} x {n}, one for each sample"
-    elif candidate.compressed is not None:
+    elif candidate.compressed is not None and candidate.passes:
         yield "colouring", coloring_in_words(candidate.compressed)
     if candidate.split is not None:
         for cut in cuts_in_words(candidate.split):
@@ -187,7 +192,7 @@ def _boundary(split: Split, place: int) -> str:
 
 def _program(plan: Planned) -> str:
     if plan.length is not None:
-        return f"{plan.length} ops, flat"
+        return f"{ops_in_words(plan.length)}, flat"
     why = [note.removeprefix(TAPED) for note in plan.recipe.notes if note.startswith(TAPED)]
     return f"none, through the tape: {why[0] if why else 'it was not verified'}"
 
@@ -195,7 +200,7 @@ def _program(plan: Planned) -> str:
 def _costs(plan: Planned) -> Lines:
     cost, one = plan.cost, plan.recipe.candidate.cost
     if cost is not None:
-        done = f"{si(cost.flops)}FLOP, {si(cost.bytes)}B moved, {cost.ops} ops"
+        done = f"{si(cost.flops)}FLOP, {si(cost.bytes)}B moved, {ops_in_words(cost.ops)}"
         yield "cost", f"{done}, about {si(cost.seconds)}s"
     if one is not None:
         text = f"{si(one.flops)}FLOP, {si(one.moved)}B written, {si(one.peak)}B held"

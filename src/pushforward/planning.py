@@ -133,8 +133,9 @@ def _asked(problem: Problem, wanted: str) -> dict[str, Candidate | str]:
 def _why_rejected(candidate: Candidate | str, best: Candidate) -> str:
     if isinstance(candidate, str):
         return candidate
-    ratio = candidate.work / best.work if best.work else 1.0
-    return f"{candidate.passes} passes, {ratio:.2g}x the work"
+    if not best.work:
+        return f"{candidate.passes} passes where none is needed"
+    return f"{candidate.passes} passes, {candidate.work / best.work:.2g}x the work"
 
 
 def chunk_size(problem: Problem, candidate: Candidate) -> int:
