@@ -13,7 +13,7 @@
     ├── LogDetError                        a log-determinant that is not the true one
     ├── NotAvailableError                  something that this version does not do
     ├── MissingDependencyError (ImportError)   an optional package that is not installed
-    └── LoadError                          a model or a data set that cannot be loaded
+    └── LoadError                          a model, a data set or a plan that cannot be loaded
 
 Each message says what was expected, what came, and what to do.
 """
@@ -72,4 +72,4 @@ class MissingDependencyError(PushforwardError, ImportError):
 
 
 class LoadError(PushforwardError):
-    """A model or a data set that cannot be loaded."""
+    """A model, a data set or a plan that cannot be loaded."""
