@@ -120,7 +120,9 @@ class Compressed:
         if self.spacing is None or whole.dim() > 1 or torch.is_grad_enabled():
             return whole.index_select(-1, self.source)
         shape, strides = self.spacing
-        return whole.as_strided(shape, strides, int(self.coloring.source[0])).reshape(-1)
+        lying = whole.contiguous()
+        start = lying.storage_offset() + int(self.coloring.source[0])
+        return lying.as_strided(shape, strides, start).reshape(-1)
 
     @cached_property
     def spacing(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

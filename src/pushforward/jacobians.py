@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pushforward import linalg
 from pushforward.boundary import Arguments, Layout
+from pushforward.compressed import Compressed
 from pushforward.errors import (
     DifferentiationError,
     InputError,
@@ -184,7 +185,11 @@ class Jacobian(LinearOperator):
         """
         if self._kept is not None and not self._wants_graph():
             return self._kept.clone()
-        return self._assemble()
+        entries = self._assemble()
+        scheme = self.plan.scheme
+        if scheme is None or (isinstance(scheme, Compressed) and scheme.is_full):
+            self._parts = None  # they lie in what is handed out, and may be written to
+        return entries
 
     def prepare(self) -> None:
         """Compute the entries now; raises where a guard of the plan does not hold."""
@@ -334,7 +339,8 @@ class Jacobian(LinearOperator):
             )
         compressed = self.plan.compressed
         if compressed is not None:
-            return in_layout(compressed, self._planned()[0], layout)
+            values = self._planned()[0]
+            return in_layout(compressed, values if values.requires_grad else values.clone(), layout)
         sparse = self._coo()
         if layout == "coo":
             return sparse
@@ -370,7 +376,7 @@ class Jacobian(LinearOperator):
         if self.plan.scheme is not None:
             return self._planned_diagonal()
         if self.plan.has_program:
-            return self._entries().diagonal(dim1=-2, dim2=-1)
+            return self._entries().diagonal(dim1=-2, dim2=-1).clone()
 
         def part(start: int, strip: Tensor) -> Tensor:
             return strip[..., start : start + len(strip)].diagonal(dim1=0, dim2=-1)

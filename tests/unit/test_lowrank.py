@@ -246,3 +246,45 @@ class TestProducts:
             J.T @ "nothing"
         with pytest.raises(pf.errors.ShapeError, match="push expects"):
             J.push(torch.zeros(29, 2, **F64))
+
+
+class TestResultsAreOnesOwn:
+    """Whoever gets a result may write to it: models, plans and later answers stay as they are."""
+
+    @pytest.mark.parametrize("plan", ["auto", "reverse", "forward"])
+    def test_parameters(self, plan: str):
+        layer, x = nn.Linear(4, 3).double(), point(n=4)
+        before = layer.weight.detach().clone()
+        with torch.no_grad():
+            J = pf.jacobian(layer, x, plan=plan)
+            J.matrix().zero_(), J.sparse().values().zero_(), J.dense().zero_()
+            assert torch.equal(layer.weight, before)
+            torch.testing.assert_close(J.matrix(), before)
+            torch.testing.assert_close(pf.jacobian(layer, x, plan=plan).matrix(), before)
+
+    def test_constants_of_a_plan(self):
+        plan = pf.plan(lambda x: 2 * x.flip(0), point(n=9))
+        for take in (lambda J: J.matrix(), lambda J: J.sparse().values(), lambda J: J.diagonal()):
+            take(plan(point(n=9))).zero_()
+            expected = 2 * torch.eye(9, **F64).flip(0)
+            torch.testing.assert_close(plan(point(n=9)).matrix(), expected)
+
+    @pytest.mark.parametrize("f", [stencil, nn.Linear(4, 3).double(), hourglass()])
+    def test_later_answers(self, f: Callable[[Tensor], Tensor]):
+        x = point(n=4) if isinstance(f, nn.Linear) else point(n=N)
+        with torch.no_grad():
+            J = pf.jacobian(f, x)
+            expected = J.matrix().clone()
+            J.matrix().zero_(), J.sparse().values().zero_()
+            if J.shape[0] == J.shape[1]:
+                J.diagonal().zero_()
+            torch.testing.assert_close(J.matrix(), expected)
+            torch.testing.assert_close(J.fro_norm(), expected.norm())
+
+    def test_tensors_of_the_function_get_no_graph(self):
+        a, x = torch.randn(3, 4, **F64), point(n=4).requires_grad_()
+        for plan in ("auto", "forward", "reverse"):
+            J = pf.jacobian(lambda x: a @ x, x, plan=plan)
+            J.matrix().sum().backward()
+            assert not a.requires_grad
+            assert a.grad_fn is None

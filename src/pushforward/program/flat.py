@@ -195,7 +195,11 @@ class _Writer:
         return not any(slot in group for group in known)
 
     def finish(self, outputs: Sequence[Slot]) -> None:
-        results = ", ".join(self._value(slot) for slot in outputs)
+        borrowed = _borrowed(self.recording)
+        results = ", ".join(
+            f"{self._value(slot)}.clone()" if slot in borrowed else self._value(slot)
+            for slot in outputs
+        )
         self._lines.append(f"return ({results},)")
         kept = {f"v{slot.number}" for slot in outputs}
         self._lines = [_without(line, kept) for line in self._lines]
@@ -301,6 +305,21 @@ _SPELLINGS: dict[Any, Callable[..., str]] = {
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
 }
+
+
+def _borrowed(recording: Recording) -> set[Slot]:
+    """Slots in storages that are not the run's own: whoever gets a result may write to it."""
+    borrowed = {*recording.constants, *recording.externals, *recording.inputs}
+    for i in recording.instructions:
+        if _shares(i.func) and any(slot in borrowed for slot in i.reads):
+            borrowed.update(slot for slot in i.outs if slot is not None)
+    return borrowed
+
+
+def _shares(func: Any) -> bool:
+    """Whether results of an op may lie in a storage of its arguments."""
+    returns = func._schema.returns
+    return func is aten._unsafe_view.default or any(r.alias_info is not None for r in returns)
 
 
 def _returns_a_list(func: Any) -> bool:

@@ -45,6 +45,8 @@ class Context:
         self._uses = Counter([*reads, *self.outputs])
         viewed = [i for i in self.recording.instructions if i.func in _VIEWS]
         self._viewed = frozenset(slot for i in viewed for slot in i.reads)
+        strided = [i for i in viewed if i.func is aten.as_strided.default]
+        self._strided = frozenset(self.recording.groups[s] for i in strided for s in i.reads)
 
     def used_once(self, slot: Slot) -> bool:
         """Whether one instruction alone reads a slot, so that it may do the work itself."""
@@ -72,11 +74,19 @@ class Context:
             return
         out = out_of(instruction)
         found = self._shortest(instruction)
+        if self._would_move(instruction, found):
+            found = instruction
         if isinstance(found, Slot):
             self._same[out] = self.name(found)
             return
         self.instructions.append(found)
         self.makers[out] = found
+
+    def _would_move(self, instruction: Instruction, found: Instruction | Slot) -> bool:
+        """Whether a result would lie elsewhere, while somebody counts on where it lies."""
+        if self.recording.groups[out_of(instruction)] not in self._strided:
+            return False
+        return isinstance(found, Slot) or (found.func in _VIEWS) > (instruction.func in _VIEWS)
 
     def _shortest(self, instruction: Instruction) -> Instruction | Slot:
         """Apply shortcuts until none applies, then look whether the same was done before."""
