@@ -32,10 +32,10 @@ class Evaluation:
     program: Program
     trained: list[bool] = field(default_factory=list)
 
-    def versions(self) -> tuple[int, ...]:
-        """How often each tensor from outside was written to."""
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """How often each tensor from outside was written to, and where it lies."""
         found = self.program.outside()
-        return tuple([0 if t.is_inference() else t._version for t in found])
+        return tuple([(0 if t.is_inference() else t._version, t.data_ptr()) for t in found])
 
     def values(
         self, inputs: Sequence[Tensor], others: Sequence[Tensor], make: Maker

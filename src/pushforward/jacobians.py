@@ -198,17 +198,21 @@ class Jacobian(LinearOperator):
     def _planned(self) -> Sequence[Tensor]:
         """What the scheme of the plan gives: values in the order of the pattern, or two factors."""
         if self._parts is None or not self._has_parts():
-            self._refuse_changed()
-            self._parts = self.plan.entries(self._arguments, self._made)
+            same = self.plan.versions() == self._versions
+            evaluate = self.plan.entries if same else self._entries_as_they_were
+            self._parts = evaluate(self._arguments, self._made)
         return self._parts
 
-    def _refuse_changed(self) -> None:
-        """Raise where a parameter that a program reads was changed since the Jacobian was taken."""
-        if self.plan.versions() != self._versions:
+    def _entries_as_they_were(
+        self, arguments: Arguments, linear: Linearization | None
+    ) -> Sequence[Tensor]:
+        """Entries through the tape, which holds parameters that a program would find changed."""
+        if linear is None or linear.tape.census.stale or self.plan.recipe.candidate.split:
             raise DifferentiationError(
                 "expected the parameters that this Jacobian was taken at, but they were changed in "
                 "place since then; call pf.jacobian again after such a step"
             )
+        return self.plan.taped_entries(arguments, linear)
 
     def _has_parts(self) -> bool:
         """Whether what the scheme gives is there, and of use to whoever asks now.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pushforward.boundary import Arguments, Layout
-from pushforward.building import Map, evaluate
+from pushforward.building import Map, entries, evaluate
 from pushforward.compressed import Compressed
 from pushforward.costs import Prediction, evaluation_ops, prediction
 from pushforward.explaining import function_name, lines, table
@@ -122,7 +122,11 @@ class Plan:
         made.__dict__["function"] = function
         return made
 
-    def versions(self) -> tuple[int, ...]:
+    def taped_entries(self, arguments: Arguments, linear: Linearization) -> Sequence[Tensor]:
+        """What the scheme gives through a tape that was made before."""
+        return entries(self.map, arguments, self.recipe, linear)
+
+    def versions(self) -> tuple[tuple[int, int], ...]:
         """How often each tensor that the program reads was written to."""
         evaluation = self.recipe.evaluation
         return () if evaluation is None else evaluation.versions()

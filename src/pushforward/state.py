@@ -87,7 +87,7 @@ class State:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and isinstance(one, _PLAIN) and one == other
+    return type(one) is type(other) and isinstance(one, (*_PLAIN, tuple)) and one == other
 
 
 def _settings() -> tuple[Any, ...]:
@@ -106,6 +106,7 @@ class _Search:
         self._places: list[Place] = []
         self._tensors: set[int] = set()
         self._met: dict[int, Any] = {}
+        self._hidden = False
         self._pending: list[tuple[Any, int]] = [(function, 0)]
 
     def run(self) -> None:
@@ -116,7 +117,7 @@ class _Search:
                 self._open(thing, place)
 
     def state(self) -> State:
-        done = not self._pending
+        done = not self._pending and not self._hidden
         return State(tuple(self._places), _settings(), frozenset(self._tensors), done)
 
     def _open(self, thing: Any, place: int) -> None:
@@ -135,6 +136,9 @@ class _Search:
             self._places.append(Place(parent, read, None, id(found), _reference(found)))
             if isinstance(found, Tensor):
                 self._tensors.add(id(found))
+                here = len(self._places)
+                self._places.append(Place(here, _kind_of, _kind_of(found), None, None))
+                return here
             self._pending.append((found, len(self._places)))
         return len(self._places)
 
@@ -182,6 +186,9 @@ class _Search:
             self._find(place, _keyword_reader(name), value)
 
     def _module(self, module: nn.Module, place: int) -> None:
+        if isinstance(module, torch.jit.ScriptModule):  # its parts are made anew at each look
+            self._hidden = True
+            return
         own = module.__dict__
         for name, value in own.items():
             if name in ("_parameters", "_buffers", "_modules"):
@@ -236,6 +243,11 @@ def _reference(found: Any) -> Callable[[], Any] | None:
         return weakref.ref(found)
     except TypeError:  # containers: what they hold is compared
         return None
+
+
+def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What ``module.double()`` and the like change in a parameter that stays the same object."""
+    return tensor.dtype, tensor.shape, tensor.device
 
 
 def _same(owner: Any) -> Any:

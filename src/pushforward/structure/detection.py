@@ -7,6 +7,7 @@ for each input scalar.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,8 @@ def rows_of(follower: Follower, y: Tensor, codomain: Layout) -> Numbers:
     numbers = np.ascontiguousarray(follower.numbers(y))
     if codomain.batch is None:
         return numbers.reshape(-1)
-    return follower.sets.unite_axis(numbers.reshape(codomain.batch, -1), 0)
+    own = math.prod(numbers.shape[1:])
+    return follower.sets.unite_axis(numbers.reshape(codomain.batch, own), 0)
 
 
 def drawn_density(follower: Follower, outputs: Sequence[Tensor], codomain: Layout) -> float:
