@@ -359,8 +359,19 @@ class Arguments:
     @cached_property
     def others(self) -> tuple[Tensor, ...]:
         """The tensors among all arguments that are not differentiated."""
+        return tuple([leaf for leaf in self._rest[0] if isinstance(leaf, Tensor)])
+
+    @cached_property
+    def context(self) -> tuple[Any, ...]:
+        """What comes with a call and is no tensor, and how the arguments are built."""
+        leaves, built = self._rest
+        return (built, *[None if isinstance(v, Tensor) else v for v in leaves]) if built else ()
+
+    @cached_property
+    def _rest(self) -> tuple[list[Any], str]:
+        """The leaves that are not differentiated, and how the other arguments are built."""
         if len(self.args) == 1 and len(self.domain.active) == len(self.leaves):
-            return ()
+            return [], ""
         chosen = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         rest = [arg for i, arg in enumerate(self.args) if i not in chosen]
         own = [
@@ -368,8 +379,8 @@ class Arguments:
             for v, leaf in zip(self.leaves, self.domain.leaves, strict=True)
             if not leaf.differentiable
         ]
-        leaves = [*Structure.of(rest)[0], *own]
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        leaves, structure = Structure.of(rest)
+        return [*leaves, *own], repr(structure.signature)
 
     def substitute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Return all arguments with the chosen ones rebuilt from ``leaves``, the rest copied."""

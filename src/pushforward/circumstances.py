@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pushforward.boundary import Arguments
 from pushforward.state import State
 from pushforward.structure.follow import Guards
 
@@ -19,25 +20,52 @@ _COMPARED = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Guarded:
-    """A tensor whose values served as structure, and what they were."""
+    """A tensor whose values served as structure, and what they were.
+
+    Its count of writes says nothing: there are ways around it, ``mask.data`` and ``mask.numpy()``
+    among them.
+    """
 
     tensor: Callable[[], Tensor | None]
     shape: tuple[int, ...]
     version: int
+    trained: bool
     content: Tensor | None
 
     @staticmethod
-    def of(tensor: Tensor) -> Guarded:
+    def of(tensor: Tensor, owner: Tensor | None = None) -> Guarded:
+        """Guard a tensor; ``owner`` is another one that lies in the same storage and stays."""
         content = tensor.detach().clone() if tensor.numel() <= _COMPARED else None
-        return Guarded(weakref.ref(tensor), tuple(tensor.shape), _version(tensor), content)
+        found = weakref.ref(tensor) if owner is None else _view_of(owner, tensor)
+        version, trained = _version(owner if owner is not None else tensor), tensor.requires_grad
+        return Guarded(found, tuple(tensor.shape), version, trained, content)
 
     def holds(self) -> bool:
-        """Whether it was not written to, or holds the same values again."""
-        tensor = self.tensor()
+        """Whether it holds the same values, and is no more trained than it was."""
+        try:
+            tensor = self.tensor()
+        except RuntimeError:  # the owner has got a smaller storage
+            return False
         # A constant that is gone was made inside of the function, of what the state covers.
-        if tensor is None or _version(tensor) == self.version:
+        if tensor is None:
             return True
-        return self.content is not None and _same(self.content, tensor.detach())
+        if tensor.requires_grad and not self.trained:
+            return False
+        if self.content is None:
+            return _version(tensor) == self.version
+        return _same(self.content, tensor.detach())
+
+
+def _view_of(owner: Tensor, tensor: Tensor) -> Callable[[], Tensor | None]:
+    """What looks at an owner's storage as a tensor did, that is gone by then."""
+    found = weakref.ref(owner)
+    place = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+    def look() -> Tensor | None:
+        alive = found()
+        return None if alive is None else alive.detach().as_strided(*place)
+
+    return look
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,25 +85,27 @@ class Circumstances:
     def of(
         function: Callable[..., Any],
         guards: Guards,
-        others: Sequence[Tensor],
+        arguments: Arguments,
         original: Callable[[Tensor], Tensor],
     ) -> Circumstances:
         """What holds now."""
+        state = State.of(function, arguments.context)
         known = [original(tensor) for tensor in guards.constants.values()]
-        kept = tuple(None if _differentiable(t) else t.detach().clone() for t in others)
-        constants = tuple(Guarded.of(tensor) for tensor in known)
-        return Circumstances(State.of(function), constants, kept, guards.at_point)
+        constants = tuple(Guarded.of(tensor, _owner(state, tensor)) for tensor in known)
+        kept = [None if _differentiable(t) else t.detach().clone() for t in arguments.others]
+        return Circumstances(state, constants, tuple(kept), guards.at_point)
 
     def hold(
-        self, function: Callable[..., Any], others: Sequence[Tensor], guarded: bool = False
+        self, function: Callable[..., Any], arguments: Arguments, guarded: bool = False
     ) -> bool:
-        """Whether a plan made then may be used for a call with these other arguments.
+        """Whether a plan made then may be used for a call with these arguments.
 
         ``guarded``: what depends on the point is compared by a program when it runs.
         """
+        others = arguments.others
         return (
             (guarded or not self.at_point)
-            and self.state.holds(function)
+            and self.state.holds(function, arguments.context)
             and all(constant.holds() for constant in self.constants)
             and len(others) == len(self.arguments)
             and all(
@@ -104,6 +134,17 @@ def _differentiable(tensor: Tensor) -> bool:
 
 def _same(old: Tensor, new: Tensor) -> bool:
     return old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
+
+
+def _owner(state: State, tensor: Tensor) -> Tensor | None:
+    """What the function can reach of the storage of a tensor that it cannot reach."""
+    if id(tensor) in state.tensors or tensor.layout != torch.strided:
+        return None
+    key = tensor.untyped_storage().data_ptr()
+    for found in state.alive():
+        if found.layout == torch.strided and found.untyped_storage().data_ptr() == key != 0:
+            return found
+    return None
 
 
 def _version(tensor: Tensor) -> int:

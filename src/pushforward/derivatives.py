@@ -196,7 +196,7 @@ def _holds(plan: Plan, arguments: Arguments) -> bool:
         return False
     guarded = evaluation is not None
     return circumstances is not None and circumstances.hold(
-        plan.function, arguments.others, guarded
+        plan.function, arguments, guarded
     )
 
 
@@ -247,7 +247,7 @@ def _anew(request: _Request) -> Jacobian:
         choose(problem, request.wanted),
         ops=tape.census.ops,
         circumstances=Circumstances.of(
-            mapping.function, structure.guards, arguments.others, tape.loan.original
+            mapping.function, structure.guards, arguments, tape.loan.original
         ),
     )
     recipe = build(mapping, arguments, recipe, request.memory, request.compiled)

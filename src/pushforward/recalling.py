@@ -76,7 +76,7 @@ def settled(
 def _still_holds(earlier: Plan, plan: Plan, arguments: Arguments) -> bool:
     circumstances, guarded = earlier.recipe.circumstances, earlier.recipe.evaluation is not None
     return circumstances is not None and circumstances.hold(
-        plan.function, arguments.others, guarded
+        plan.function, arguments, guarded
     )
 
 
@@ -114,7 +114,7 @@ def _circumstances(
     function: Callable[..., Any], arguments: Arguments, conditions: Conditions
 ) -> Circumstances | None:
     """What holds now, where tensors that served as structure are the same as then."""
-    others, state = arguments.others, State.of(function)
+    others, state = arguments.others, State.of(function, arguments.context)
     if conditions.unplaced or len(others) != len(conditions.arguments):
         return None
     pairs = zip(conditions.arguments, others, strict=True)

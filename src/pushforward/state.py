@@ -2,7 +2,7 @@
 
 A plan holds for the code that ran: the branches that it took, the modules, parameters and constants
 that it found. They are found again by what can be reached from the function: closures, globals that
-its code names, attributes of modules and objects, items of containers.
+its code names, attributes of modules, classes and objects, items of containers.
 
 Nothing here keeps what it found alive: a plan that is remembered for a model does not hold it.
 """
@@ -10,8 +10,10 @@ Nothing here keeps what it found alive: a plan that is remembered for a model do
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -23,10 +25,22 @@ from torch import Tensor, nn
 
 # More places than this are not looked through; then the state counts as unknown.
 _MOST = 50_000
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = (
+    *(int, float, complex, str, bytes, bool, type(None), np.generic),
+    *(torch.dtype, torch.device, torch.Size),
+)
 # Code of these packages does not change between calls, and is not looked through.
-_SETTLED = ("torch", "numpy", "scipy", "builtins", "functools", "math", "operator", "typing")
-_ARRAY_BYTES = 1 << 16
+_SETTLED = frozenset(
+    "torch numpy scipy builtins functools math operator typing logging threading weakref".split()
+)
+# What is made anew at each call may still be the same: it is compared by what it holds.
+_BY_CONTENT = (types.FunctionType, types.MethodType, functools.partial, dict, list, tuple, deque)
+_BYTES = (np.ndarray, bytearray)
+# Contents longer than this are kept as a hash.
+_LONG = 1 << 12
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GROWING = ("_parameters", "_buffers", "_modules", *_HOOKS)
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 Reader = Callable[[Any], Any]
 
@@ -35,20 +49,33 @@ Reader = Callable[[Any], Any]
 class Place:
     """Where something was found: how to read it from an earlier find, and what it was.
 
-    ``plain`` is a value to compare by equality; else ``number`` is the identity of the find and
-    ``alive`` gives it back as long as it lives.
+    One of four says what is expected there: ``number``, the identity of the find (``alive`` gives
+    it back as long as it lives); ``kind``, the type of what is compared by its contents; ``same``,
+    an earlier find that it is; else ``plain``, a value to compare by equality.
     """
 
     parent: int
     read: Reader
-    plain: Any
-    number: int | None
-    alive: Callable[[], Any] | None
+    plain: Any = None
+    number: int | None = None
+    alive: Callable[[], Any] | None = None
+    kind: type | None = None
+    same: int | None = None
+
+    def fits(self, now: Any, finds: list[Any]) -> bool:
+        """Whether what is found now is what was found then."""
+        if self.kind is not None:
+            return type(now) is self.kind
+        if self.same is not None:
+            return now is finds[self.same]
+        if self.number is not None:
+            return id(now) == self.number and (self.alive is None or self.alive() is now)
+        return now is self.plain or (type(now) is type(self.plain) and now == self.plain)
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Places in the order in which they were found, the function itself first.
+    """Places in the order in which they were found; the function and its other arguments come first.
 
     ``tensors`` are the identities of the tensors that were found.
     """
@@ -59,35 +86,33 @@ class State:
     known: bool
 
     @staticmethod
-    def of(function: Callable[..., Any]) -> State:
-        """The state that a function can reach now."""
-        search = _Search(function)
+    def of(function: Callable[..., Any], arguments: Any = ()) -> State:
+        """The state that a function, and arguments that are no tensors, can reach now."""
+        search = _Search(function, arguments)
         search.run()
         return search.state()
 
-    def holds(self, function: Callable[..., Any]) -> bool:
+    def alive(self) -> Iterator[Tensor]:
+        """The tensors that were found, as far as they live."""
+        for place in self.places:
+            found = place.alive() if place.number in self.tensors and place.alive else None
+            if isinstance(found, Tensor):
+                yield found
+
+    def holds(self, function: Callable[..., Any], arguments: Any = ()) -> bool:
         """Whether the same is found from a function, or from one made anew of the same code."""
         if not self.known or self.settings != _settings():
             return False
-        finds = [function]
+        finds = [function, arguments]
         try:
             for place in self.places:
                 now = place.read(finds[place.parent])
-                finds.append(now)
-                if place.number is None:
-                    if now is not place.plain and not _alike(now, place.plain):
-                        return False
-                elif id(now) != place.number or (
-                    place.alive is not None and place.alive() is not now
-                ):
+                if not place.fits(now, finds):
                     return False
-        except (KeyError, IndexError, AttributeError, ValueError, TypeError):
+                finds.append(now)
+        except (LookupError, AttributeError, ValueError, TypeError):
             return False
         return True
-
-
-def _alike(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and isinstance(one, (*_PLAIN, tuple)) and one == other
 
 
 def _settings() -> tuple[Any, ...]:
@@ -102,52 +127,73 @@ def _settings() -> tuple[Any, ...]:
 class _Search:
     """Goes through what can be reached from a function, each thing once."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, arguments: Any) -> None:
         self._places: list[Place] = []
         self._tensors: set[int] = set()
-        self._met: dict[int, Any] = {}
-        self._hidden = False
-        self._pending: list[tuple[Any, int]] = [(function, 0)]
+        self._met: dict[int, tuple[Any, int]] = {}
+        self._pending: list[tuple[Any, int]] = []
+        # Names that code looks up, and the modules and classes in which it may look.
+        self._names = {"forward"}
+        self._spaces: list[tuple[Any, int, set[str]]] = []
+        self._known = True
+        for number, thing in enumerate((function, arguments)):
+            self._met[id(thing)] = thing, number
+            self._pending.append((thing, number))
 
     def run(self) -> None:
-        while self._pending and len(self._places) < _MOST:
-            thing, place = self._pending.pop()
-            if id(thing) not in self._met and not isinstance(thing, (*_PLAIN, Tensor)):
-                self._met[id(thing)] = thing
-                self._open(thing, place)
+        while self._pending or self._look_around():
+            if len(self._places) >= _MOST:
+                self._known = False
+                return
+            self._open(*self._pending.pop())
 
     def state(self) -> State:
-        done = not self._pending and not self._hidden
-        return State(tuple(self._places), _settings(), frozenset(self._tensors), done)
+        return State(tuple(self._places), _settings(), frozenset(self._tensors), self._known)
 
     def _open(self, thing: Any, place: int) -> None:
         for kind, opened in _OPENERS:
             if isinstance(thing, kind):
                 opened(self, thing, place)
                 return
-        if isinstance(getattr(thing, "__dict__", None), dict):
-            self._object(thing, place)
+        if hasattr(type(thing), "__next__"):  # each look at it changes it
+            self._known = False
+        self._object(thing, place)
 
     def _find(self, parent: int, read: Reader, found: Any) -> int:
         """Note a place and what is found there; look through that later."""
+        number = len(self._places) + 2
         if isinstance(found, _PLAIN):
-            self._places.append(Place(parent, read, found, None, None))
+            self._places.append(Place(parent, read, plain=found))
+        elif id(found) in self._met:
+            self._places.append(Place(parent, read, same=self._met[id(found)][1]))
         else:
-            self._places.append(Place(parent, read, None, id(found), _reference(found)))
+            self._met[id(found)] = found, number
+            self._places.append(_place_of(parent, read, found))
             if isinstance(found, Tensor):
                 self._tensors.add(id(found))
-                here = len(self._places)
-                self._places.append(Place(here, _kind_of, _kind_of(found), None, None))
-                return here
-            self._pending.append((found, len(self._places)))
-        return len(self._places)
+            else:
+                self._pending.append((found, number))
+        return number
+
+    def _look_around(self) -> bool:
+        """Find what modules and classes have under the names met so far; whether that is more."""
+        for space, place, done in self._spaces:
+            names = _visible(space) & self._names
+            if isinstance(space, type):
+                names |= _implied(space)
+            for name in sorted(names - done):
+                done.add(name)
+                read = _class_reader(name) if isinstance(space, type) else _global_reader(name)
+                self._find(place, read, read(space))
+        return bool(self._pending)
 
     def _function(self, function: types.FunctionType, place: int) -> None:
         if _settled(function):
             return
-        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+        self._find(place, attrgetter("__code__"), function.__code__)
+        for name in ("__defaults__", "__kwdefaults__", "__dict__"):
             found = getattr(function, name)
-            if name == "__code__" or found is not None:
+            if found:
                 self._find(place, attrgetter(name), found)
         for number, cell in enumerate(function.__closure__ or ()):
             self._cell(cell, number, place)
@@ -162,68 +208,94 @@ class _Search:
 
     def _globals(self, function: types.FunctionType, place: int) -> None:
         names, space = set(_names(function.__code__)), function.__globals__
+        self._names |= names
         for name in sorted(names):
             if name in space:
-                where = self._find(place, _global_reader(name), space[name])
-                self._module_names(space[name], names, where)
+                self._find(place, _own_global_reader(name), space[name])
+            elif name in sys.modules and not _settled_name(name):
+                self._find(place, lambda _, name=name: sys.modules[name], sys.modules[name])
 
-    def _module_names(self, module: Any, names: set[str], place: int) -> None:
-        """The attributes of a Python module that code may read by name."""
-        if not isinstance(module, types.ModuleType) or _settled_name(module.__name__):
-            return
-        for name in sorted(names & set(module.__dict__)):
-            self._find(place, attrgetter(name), module.__dict__[name])
+    def _space(self, space: Any, place: int) -> None:
+        """A module of Python or a class, of which the names that code looks up count."""
+        if isinstance(space, type) or not _settled_name(space.__name__):
+            self._spaces.append((space, place, set()))
+
+    def _attributes(self, thing: Any, place: int, *names: str) -> None:
+        for name in names:
+            self._find(place, attrgetter(name), getattr(thing, name))
 
     def _method(self, method: types.MethodType, place: int) -> None:
-        self._find(place, attrgetter("__self__"), method.__self__)
-        self._find(place, attrgetter("__func__"), method.__func__)
+        self._attributes(method, place, "__self__", "__func__")
 
     def _partial(self, partial: functools.partial, place: int) -> None:
-        self._find(place, attrgetter("func"), partial.func)
-        for number, value in enumerate(partial.args):
-            self._find(place, _argument_reader(number), value)
-        for name, value in partial.keywords.items():
-            self._find(place, _keyword_reader(name), value)
+        self._attributes(partial, place, "func", "args", "keywords")
+
+    def _property(self, found: property, place: int) -> None:
+        self._attributes(found, place, "fget")
+
+    def _wrapper(self, found: Any, place: int) -> None:
+        self._attributes(found, place, "__wrapped__")
+
+    def _cached(self, found: functools.cached_property, place: int) -> None:
+        self._attributes(found, place, "func")
 
     def _module(self, module: nn.Module, place: int) -> None:
-        if isinstance(module, torch.jit.ScriptModule):  # its parts are made anew at each look
-            self._hidden = True
-            return
-        own = module.__dict__
+        own, settled = module.__dict__, _settled_name(type(module).__module__)
+        self._find(place, _extent_of, _extent_of(module))
         for name, value in own.items():
             if name in ("_parameters", "_buffers", "_modules"):
                 if value:
                     self._mapping(value, place, attrgetter(name))
-            elif not name.startswith("_") or (name.endswith("_hooks") and value):
+            elif name in _HOOKS:
+                if value:
+                    self._mapping(value, place, _attribute_reader(name))
+            elif name not in _OF_EVERY_MODULE and not (settled and name.startswith("_")):
                 self._find(place, _attribute_reader(name), value)
-        if not _settled_name(type(module).__module__):
-            self._find(place, _forward_of, type(module).forward)
+        self._attributes(module, place, "training")
+        self._class_of(module, place)
 
     def _object(self, thing: Any, place: int) -> None:
-        if _settled_name(type(thing).__module__) or isinstance(thing, type):
+        if _settled_name(type(thing).__module__):
             return
-        self._mapping(thing.__dict__, place, attrgetter("__dict__"))
-        call = type(thing).__dict__.get("__call__")
-        if isinstance(call, types.FunctionType):
-            self._find(place, _call_of, call)
+        if isinstance(getattr(thing, "__dict__", None), dict):
+            self._find(place, attrgetter("__dict__"), thing.__dict__)
+        for name in _slots(type(thing)):
+            if hasattr(thing, name):
+                self._attributes(thing, place, name)
+        self._class_of(thing, place)
+
+    def _class_of(self, thing: Any, place: int) -> None:
+        if not _settled_name(type(thing).__module__):
+            self._find(place, type, type(thing))
 
     def _mapping(self, mapping: Any, place: int, within: Reader | None = None) -> None:
+        if not isinstance(mapping, dict):
+            return
         read = within or _same
-        self._find(place, lambda owner: len(read(owner)), len(mapping))
-        for key in list(mapping):
-            self._find(place, lambda owner, key=key: read(owner)[key], mapping[key])
+        if all(isinstance(key, _PLAIN) for key in mapping):
+            self._find(place, lambda owner: _keys_of(read(owner)), _keys_of(mapping))
+            for key, value in mapping.items():
+                self._find(place, lambda owner, key=key: read(owner)[key], value)
+        else:  # a key is not to be kept alive
+            self._find(place, lambda owner: list(read(owner).items()), list(mapping.items()))
+        self._object(mapping, place)
 
     def _sequence(self, sequence: Any, place: int) -> None:
         self._find(place, len, len(sequence))
         for number, value in enumerate(sequence):
             self._find(place, itemgetter(number), value)
+        self._object(sequence, place)
 
-    def _array(self, array: np.ndarray, place: int) -> None:
-        if array.nbytes <= _ARRAY_BYTES:
-            self._find(place, _content_of, array.tobytes())
+    def _set(self, found: Any, place: int) -> None:
+        self._find(place, _members_of, _members_of(found))
+        if not all(isinstance(member, (*_PLAIN, type)) for member in found):
+            self._known = False  # there is no way to find a member again
+
+    def _bytes(self, array: Any, place: int) -> None:
+        self._find(place, _content_of, _content_of(array))
 
     def _nothing(self, _: Any, __: int) -> None:
-        """Modules of Python, classes and sets are not looked through."""
+        """Code is compared by its identity alone."""
 
 
 _OPENERS: tuple[tuple[Any, Callable[[_Search, Any, int], None]], ...] = (
@@ -232,22 +304,29 @@ _OPENERS: tuple[tuple[Any, Callable[[_Search, Any, int], None]], ...] = (
     (functools.partial, _Search._partial),
     (nn.Module, _Search._module),
     (dict, _Search._mapping),
-    ((list, tuple), _Search._sequence),
-    (np.ndarray, _Search._array),
-    ((types.ModuleType, types.CodeType, set, frozenset), _Search._nothing),
+    ((list, tuple, deque), _Search._sequence),
+    (_BYTES, _Search._bytes),
+    ((set, frozenset), _Search._set),
+    ((types.ModuleType, type), _Search._space),
+    (property, _Search._property),
+    ((staticmethod, classmethod, functools._lru_cache_wrapper), _Search._wrapper),
+    (functools.cached_property, _Search._cached),
+    (types.CodeType, _Search._nothing),
 )
+
+
+def _place_of(parent: int, read: Reader, found: Any) -> Place:
+    opened = isinstance(found, (*_BY_CONTENT, *_BYTES, set, frozenset))
+    if opened and not (isinstance(found, types.FunctionType) and _settled(found)):
+        return Place(parent, read, kind=type(found))
+    return Place(parent, read, number=id(found), alive=_reference(found))
 
 
 def _reference(found: Any) -> Callable[[], Any] | None:
     try:
         return weakref.ref(found)
-    except TypeError:  # containers: what they hold is compared
+    except TypeError:
         return None
-
-
-def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What ``module.double()`` and the like change in a parameter that stays the same object."""
-    return tensor.dtype, tensor.shape, tensor.device
 
 
 def _same(owner: Any) -> Any:
@@ -258,45 +337,87 @@ def _cell_reader(number: int) -> Reader:
     return lambda function: function.__closure__[number].cell_contents
 
 
-def _global_reader(name: str) -> Reader:
+def _own_global_reader(name: str) -> Reader:
     return lambda function: function.__globals__[name]
+
+
+def _global_reader(name: str) -> Reader:
+    return lambda module: module.__dict__[name]
 
 
 def _attribute_reader(name: str) -> Reader:
     return lambda module: module.__dict__[name]
 
 
-def _argument_reader(number: int) -> Reader:
-    return lambda partial: partial.args[number]
+def _class_reader(name: str) -> Reader:
+    return lambda found: next(vars(c)[name] for c in found.__mro__ if name in vars(c))
 
 
-def _keyword_reader(name: str) -> Reader:
-    return lambda partial: partial.keywords[name]
+def _keys_of(mapping: Any) -> str:
+    return repr(list(mapping))
 
 
-def _forward_of(module: nn.Module) -> Any:
-    return type(module).forward
+def _extent_of(module: nn.Module) -> str:
+    """How many attributes, parts and hooks a module has: what was added later shows."""
+    own = module.__dict__
+    return f"{len(own)} {[len(own.get(name, ())) for name in _GROWING]}"
 
 
-def _call_of(thing: Any) -> Any:
-    return type(thing).__call__
+def _members_of(found: Any) -> bytes:
+    """The members of a set; those that are no plain values by their identities."""
+    kept = {m if isinstance(m, _PLAIN) else id(m) for m in found}
+    return repr(sorted(map(repr, kept))).encode()
 
 
-def _content_of(array: np.ndarray) -> bytes:
-    return array.tobytes()
+def _content_of(array: Any) -> bytes | tuple[Any, ...]:
+    content = bytes(array) if isinstance(array, bytearray) else array.tobytes()
+    kept = content if len(content) <= _LONG else str(hash(content)).encode()
+    layout = "" if isinstance(array, bytearray) else f"{array.dtype} {array.shape} "
+    return layout.encode() + kept
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Every name that code, or code inside of it, looks up."""
-    yield from code.co_names
+def _visible(space: Any) -> set[str]:
+    """The names that a module or class has, but for those of settled base classes."""
+    if not isinstance(space, type):
+        return set(vars(space))
+    own = [c for c in space.__mro__ if not _settled_name(c.__module__)]
+    return set().union(*(vars(c) for c in own))
+
+
+def _implied(space: type) -> set[str]:
+    """The methods of a class that operators, and Python itself, call without naming them."""
+    return {
+        name
+        for c in space.__mro__
+        if not _settled_name(c.__module__)
+        for name, value in vars(c).items()
+        if name.startswith("__") and isinstance(value, types.FunctionType)
+    }
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for c in kind.__mro__:
+        slots = vars(c).get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else tuple(slots)
+        yield from (name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Every name that code, or code inside of it, looks up, and strings that may be names."""
+    found = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            found |= _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)
+    return frozenset(found)
 
 
 def _settled(function: types.FunctionType) -> bool:
-    return _settled_name(function.__module__ or "")
+    """Whether a function, and whatever it wraps, is of a package that does not change."""
+    home = str(function.__globals__.get("__name__", ""))
+    return _settled_name(function.__module__ or home) and _settled_name(home)
 
 
 def _settled_name(name: str) -> bool:
-    return name.split(".")[0] in _SETTLED
+    return name.partition(".")[0] in _SETTLED
