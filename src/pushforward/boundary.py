@@ -380,7 +380,7 @@ class Arguments:
             if not leaf.differentiable
         ]
         leaves, structure = Structure.of(rest)
-        return [*leaves, *own], repr(structure.signature)
+        return [*leaves, *own], structure.signature
 
     def substitute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Return all arguments with the chosen ones rebuilt from ``leaves``, the rest copied."""

@@ -57,7 +57,7 @@ def entries(
     scheme = recipe.candidate.scheme
     if isinstance(scheme, Split):
         tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, scheme)
-        return list(factors(Linearization(tape, recipe.batched), kept, scheme, recipe.chunk))
+        return list(factors(_linear(tape, recipe), kept, scheme, recipe.chunk))
     linear = linear or Linearization(mapping.tape(arguments), recipe.batched)
     if scheme is None:
         return [_whole(linear, recipe.candidate.jvps > 0)]
@@ -65,6 +65,12 @@ def entries(
     if mapping.quantity == "hessian":
         values = scheme.symmetrised(values)
     return [values]
+
+
+def _linear(tape: Tape, recipe: Recipe) -> Linearization:
+    """The products of a tape; that J v can be had was tried when it was planned for."""
+    transparent = True if recipe.candidate.jvps else None
+    return Linearization(tape, recipe.batched, _transparent=transparent)
 
 
 def _whole(linear: Linearization, by_columns: bool) -> Tensor:
@@ -185,10 +191,10 @@ def _program(mapping: Map, arguments: Arguments, recipe: Recipe) -> Program:
     def work() -> list[Tensor]:
         if isinstance(scheme, Split):
             tape, kept = record_with_taps(mapping.function, own, mapping.batch_dim, scheme, tap)
-            found = factors(Linearization(tape, recipe.batched), kept, scheme, recipe.chunk)
+            found = factors(_linear(tape, recipe), kept, scheme, recipe.chunk)
         else:
             tape = mapping.tape(own, watch=tap)
-            found = entries(mapping, own, recipe, Linearization(tape, recipe.batched))
+            found = entries(mapping, own, recipe, _linear(tape, recipe))
         loans.append(tape.loan)
         for indices in tap.indices:
             recorder.expect(indices)
@@ -263,7 +269,7 @@ def _differs(mapping: Map, arguments: Arguments, recipe: Recipe) -> bool:
     split = recipe.candidate.split
     if split is not None and is_heavy(recipe):
         tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, split)
-        through = pulled_through(Linearization(tape, recipe.batched), kept, split, u)
+        through = pulled_through(_linear(tape, recipe), kept, split, u)
         expected = linear.pull(u)
         return not agree(through, expected, expected.abs().amax(), strict=True)
     if recipe.candidate.compressed is not None and is_heavy(recipe):

@@ -195,9 +195,7 @@ def _holds(plan: Plan, arguments: Arguments) -> bool:
     if evaluation is not None and inside_a_transform(arguments.tensors):
         return False
     guarded = evaluation is not None
-    return circumstances is not None and circumstances.hold(
-        plan.function, arguments, guarded
-    )
+    return circumstances is not None and circumstances.hold(plan.function, arguments, guarded)
 
 
 def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
@@ -250,6 +248,7 @@ def _anew(request: _Request) -> Jacobian:
             mapping.function, structure.guards, arguments, tape.loan.original
         ),
     )
+    structure.guards.constants.clear()  # a plan that is remembered keeps no tensor alive
     recipe = build(mapping, arguments, recipe, request.memory, request.compiled)
     wrong = verify(mapping, arguments, recipe)
     if wrong is not None:

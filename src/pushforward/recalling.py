@@ -75,9 +75,7 @@ def settled(
 
 def _still_holds(earlier: Plan, plan: Plan, arguments: Arguments) -> bool:
     circumstances, guarded = earlier.recipe.circumstances, earlier.recipe.evaluation is not None
-    return circumstances is not None and circumstances.hold(
-        plan.function, arguments, guarded
-    )
+    return circumstances is not None and circumstances.hold(plan.function, arguments, guarded)
 
 
 def _recognised(plan: Plan, arguments: Arguments) -> Plan | None:

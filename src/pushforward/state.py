@@ -31,15 +31,18 @@ _PLAIN = (
 )
 # Code of these packages does not change between calls, and is not looked through.
 _SETTLED = frozenset(
-    "torch numpy scipy builtins functools math operator typing logging threading weakref".split()
+    ["torch", "numpy", "scipy", "builtins", "functools", "math", "operator", "typing", "logging"]
 )
 # What is made anew at each call may still be the same: it is compared by what it holds.
 _BY_CONTENT = (types.FunctionType, types.MethodType, functools.partial, dict, list, tuple, deque)
 _BYTES = (np.ndarray, bytearray)
 # Contents longer than this are kept as a hash.
 _LONG = 1 << 12
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GROWING = ("_parameters", "_buffers", "_modules", *_HOOKS)
+# What a module consists of, each in a mapping of its own that may grow.
+_PARTS = (
+    *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 Reader = Callable[[Any], Any]
@@ -50,8 +53,9 @@ class Place:
     """Where something was found: how to read it from an earlier find, and what it was.
 
     One of four says what is expected there: ``number``, the identity of the find (``alive`` gives
-    it back as long as it lives); ``kind``, the type of what is compared by its contents; ``same``,
-    an earlier find that it is; else ``plain``, a value to compare by equality.
+    it back as long as it lives, ``plain`` is the kind of a tensor); ``kind``, the type of what is
+    compared by its contents; ``same``, an earlier find that it is; else ``plain``, a value to
+    compare by equality.
     """
 
     parent: int
@@ -64,18 +68,24 @@ class Place:
 
     def fits(self, now: Any, finds: list[Any]) -> bool:
         """Whether what is found now is what was found then."""
+        if self.number is not None:
+            same = id(now) == self.number and (self.alive is None or self.alive() is now)
+            return same and (self.plain is None or self._alike(now))
         if self.kind is not None:
             return type(now) is self.kind
         if self.same is not None:
             return now is finds[self.same]
-        if self.number is not None:
-            return id(now) == self.number and (self.alive is None or self.alive() is now)
         return now is self.plain or (type(now) is type(self.plain) and now == self.plain)
+
+    def _alike(self, now: Any) -> bool:
+        """Whether a tensor is of the kind that it was: ``module.double()`` changes it in place."""
+        dtype, shape, device = self.plain
+        return now.dtype is dtype and now.shape == shape and now.device == device
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Places in the order in which they were found; the function and its other arguments come first.
+    """Places in the order in which they were found, from the function and its other arguments on.
 
     ``tensors`` are the identities of the tensors that were found.
     """
@@ -240,15 +250,14 @@ class _Search:
         self._attributes(found, place, "func")
 
     def _module(self, module: nn.Module, place: int) -> None:
+        if isinstance(module, torch.jit.ScriptModule):  # its parts are made anew at each look
+            self._known = False
+            return
         own, settled = module.__dict__, _settled_name(type(module).__module__)
         self._find(place, _extent_of, _extent_of(module))
         for name, value in own.items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                if value:
-                    self._mapping(value, place, attrgetter(name))
-            elif name in _HOOKS:
-                if value:
-                    self._mapping(value, place, _attribute_reader(name))
+            if name in _PARTS:
+                self._items(value, place, _attribute_reader(name))
             elif name not in _OF_EVERY_MODULE and not (settled and name.startswith("_")):
                 self._find(place, _attribute_reader(name), value)
         self._attributes(module, place, "training")
@@ -268,17 +277,17 @@ class _Search:
         if not _settled_name(type(thing).__module__):
             self._find(place, type, type(thing))
 
-    def _mapping(self, mapping: Any, place: int, within: Reader | None = None) -> None:
-        if not isinstance(mapping, dict):
-            return
-        read = within or _same
+    def _mapping(self, mapping: Any, place: int) -> None:
         if all(isinstance(key, _PLAIN) for key in mapping):
-            self._find(place, lambda owner: _keys_of(read(owner)), _keys_of(mapping))
-            for key, value in mapping.items():
-                self._find(place, lambda owner, key=key: read(owner)[key], value)
+            self._find(place, _keys_of, _keys_of(mapping))
+            self._items(mapping, place, _same)
         else:  # a key is not to be kept alive
-            self._find(place, lambda owner: list(read(owner).items()), list(mapping.items()))
+            self._find(place, lambda owner: list(owner.items()), list(mapping.items()))
         self._object(mapping, place)
+
+    def _items(self, mapping: Any, place: int, read: Reader) -> None:
+        for key, value in mapping.items():
+            self._find(place, lambda owner, key=key: read(owner)[key], value)
 
     def _sequence(self, sequence: Any, place: int) -> None:
         self._find(place, len, len(sequence))
@@ -319,7 +328,8 @@ def _place_of(parent: int, read: Reader, found: Any) -> Place:
     opened = isinstance(found, (*_BY_CONTENT, *_BYTES, set, frozenset))
     if opened and not (isinstance(found, types.FunctionType) and _settled(found)):
         return Place(parent, read, kind=type(found))
-    return Place(parent, read, number=id(found), alive=_reference(found))
+    kind = _kind_of(found) if isinstance(found, Tensor) else None
+    return Place(parent, read, kind, id(found), _reference(found))
 
 
 def _reference(found: Any) -> Callable[[], Any] | None:
@@ -357,10 +367,14 @@ def _keys_of(mapping: Any) -> str:
     return repr(list(mapping))
 
 
-def _extent_of(module: nn.Module) -> str:
+def _extent_of(module: nn.Module) -> int:
     """How many attributes, parts and hooks a module has: what was added later shows."""
     own = module.__dict__
-    return f"{len(own)} {[len(own.get(name, ())) for name in _GROWING]}"
+    return len(own) + sum([len(own[name]) for name in _PARTS])
+
+
+def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.device
 
 
 def _members_of(found: Any) -> bytes:
