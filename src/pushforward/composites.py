@@ -19,7 +19,9 @@ from pushforward.purity import one_at_a_time, without_mkldnn
 
 # No second derivative, or a wrong first one under vmap: cdist's backward gives each row of the
 # Jacobian the entries of others there.
-# weight_norm's second derivative is wrong, that of logcumsumexp is NaN.
+# weight_norm's second derivative is wrong, that of logcumsumexp is NaN. The derivative of
+# as_strided_scatter by its first argument is where it should not be. Layer norm with a bias and no
+# weight loses the second derivative by the bias.
 UNFIT = frozenset(
     {
         "CdistBackward0",
@@ -27,6 +29,8 @@ UNFIT = frozenset(
         "MkldnnRnnLayerBackward0",
         "WeightNormInterfaceBackward0",
         "LogcumsumexpBackward0",
+        "AsStridedScatterBackward0",
+        "NativeLayerNormBackward0 of a bias alone",
     }
 )
 # Right twice, wrong the third time: the second derivative takes the saved mean for a constant.
@@ -137,6 +141,20 @@ def logcumsumexp(input: Tensor, dim: int) -> Tensor:
     return running.logsumexp(-1).movedim(-1, dim)
 
 
+def as_strided_scatter(
+    input: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
+    """``input`` with ``src`` written into a view of it."""
+    written = input.clone()
+    offset = written.storage_offset() if storage_offset is None else storage_offset
+    written.as_strided(size, stride, offset).copy_(src)
+    return written
+
+
 def cdist(
     x1: Tensor,
     x2: Tensor,
@@ -169,6 +187,8 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     torch.logcumsumexp: logcumsumexp,
     torch.Tensor.logcumsumexp: logcumsumexp,
+    torch.as_strided_scatter: as_strided_scatter,
+    torch.Tensor.as_strided_scatter: as_strided_scatter,
     torch.cdist: cdist,
     torch.pdist: pdist,
     torch.nn.functional.pdist: pdist,

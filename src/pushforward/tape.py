@@ -26,6 +26,7 @@ from pushforward.purity import Loan, RandomState, recording, untouched
 # derivative where singular values repeat. One cotangent at a time it solves with LU instead.
 _NOT_UNDER_VMAP = frozenset({"LinalgDetBackward0"})
 
+_LAYER_NORM = "NativeLayerNormBackward0"
 # The node at which a gradient arrives at a leaf.
 _LEAF = "torch::autograd::AccumulateGrad"
 # How many maps are being recorded around the one that is recorded next.
@@ -321,11 +322,18 @@ def take_census(
             attached = True
             leaf = cast(Any, node).variable
             versions.append((leaf, leaf._version))
+        elif name == _LAYER_NORM and _has_a_bias_alone(node):
+            ops.update({name, f"{name} of a bias alone"})
         elif name not in ops:
             ops.add(name)
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 custom.add(name)
     return Census(frozenset(ops), frozenset(custom), tuple(versions), attach and attached, reaches)
+
+
+def _has_a_bias_alone(node: Any) -> bool:
+    """Whether a layer norm has a bias to differentiate by, and no weight."""
+    return node._saved_weight is None and node.next_functions[-1][0] is not None
 
 
 @dataclass(frozen=True)

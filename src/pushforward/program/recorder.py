@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,7 @@ class Storage:
 
     group: int
     slots: dict[Any, Slot] = field(default_factory=dict)
+    alive: Any = None
 
 
 @dataclass
@@ -204,15 +206,19 @@ class Recorder(TorchDispatchMode):
         if storage is None:
             storage = Storage(len(self.recording.groups))
             self._storages[key] = storage
-            weakref.finalize(tensor.untyped_storage(), self._forget, key, storage)
+            # Held by what it forgets, and holding nothing: a recorder must not outlive its run.
+            gone = partial(_forget, weakref.ref(self), key)
+            storage.alive = weakref.ref(tensor.untyped_storage(), gone)
         slot = Slot(len(self.recording.groups))
         self.recording.groups[slot] = storage.group
         self.recording.like[slot] = Like(tuple(tensor.shape), tensor.stride(), tensor.dtype)
         storage.slots[_geometry(tensor)] = slot
         return slot
 
-    def _forget(self, key: int, storage: Storage) -> None:
-        if self._storages.get(key) is storage:
+    def forget(self, key: int, alive: Any) -> None:
+        """A storage is gone, and another one may get its place."""
+        storage = self._storages.get(key)
+        if storage is not None and storage.alive is alive:
             del self._storages[key]
 
     def _external(self, tensor: Tensor) -> Slot:
@@ -232,6 +238,12 @@ class Recorder(TorchDispatchMode):
         if storage.group not in self._varying:
             self.recording.constants[slot] = tensor
         return slot
+
+
+def _forget(recorder: Callable[[], Recorder | None], key: int, alive: Any) -> None:
+    found = recorder()
+    if found is not None:
+        found.forget(key, alive)
 
 
 def _by_whole_numbers(func: Any, args: Any) -> bool:

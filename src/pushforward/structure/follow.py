@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -348,11 +349,15 @@ class Follower(TorchDispatchMode):
         shadow = Shadow(number, tensor.element_size(), name=self._names)
         key = _key(tensor)
         self._shadows[key] = shadow
-        weakref.finalize(stored(tensor).untyped_storage(), self._forget, key, shadow)
+        # Held by the shadow, and holding nothing: a follower must not outlive its run.
+        gone = partial(_forget, weakref.ref(self), key)
+        shadow.alive = weakref.ref(stored(tensor).untyped_storage(), gone)
         return shadow
 
-    def _forget(self, key: int, shadow: Shadow) -> None:
-        if self._shadows.get(key) is shadow:
+    def forget(self, key: int, alive: Any) -> None:
+        """A storage is gone, and another one may get its place."""
+        shadow = self._shadows.get(key)
+        if shadow is not None and shadow.alive is alive:
             del self._shadows[key]
 
     def _write(
@@ -396,6 +401,12 @@ class _Exits(TorchFunctionMode):
         if func in _EXITS:
             self._follower.leaves(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _forget(follower: Callable[[], Follower | None], key: int, alive: Any) -> None:
+    found = follower()
+    if found is not None:
+        found.forget(key, alive)
 
 
 def rule_of(func: Any) -> Any:

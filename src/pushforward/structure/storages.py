@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +30,7 @@ class Shadow:
     version: int = 0
     hidden: bool = False
     sunk: np.ndarray | None = None
+    alive: Any = None
 
     def spread(self, count: int) -> np.ndarray:
         """The numbers as an array that can be written to."""

@@ -1,0 +1,39 @@
+"""Trap 20: as_strided_scatter has a wrong first derivative by what it writes over.
+
+It is 1 where the source was written, and 0 where the tensor shows: the wrong way round.
+"""
+
+import torch
+from pins import normal, pinned
+from torch import Tensor
+
+import pushforward as pf
+
+PLACE = ((2,), (1,), 2)  # two elements, the third one on
+TRUTH = torch.tensor([1, 1, 0, 0, 1, 1], dtype=torch.float64)
+
+
+def scattered(x: Tensor) -> Tensor:
+    return torch.as_strided_scatter(x, normal(2, seed=1), *PLACE)
+
+
+def written_out(x: Tensor) -> Tensor:
+    y = x.clone()
+    y.as_strided(*PLACE).copy_(normal(2, seed=1))
+    return y
+
+
+def test_the_derivative_is_the_wrong_way_round():
+    x = normal(6).requires_grad_()
+    torch.testing.assert_close(scattered(x), written_out(x))
+    (gradient,) = torch.autograd.grad(scattered(x).sum(), x)
+    pinned(
+        torch.equal(gradient, 1 - TRUTH),
+        "gets the derivative of as_strided_scatter the wrong way round",
+        "as_strided_scatter in pushforward.structure.rules.movement, and docs/explanation/traps.md",
+    )
+
+
+def test_a_write_through_a_view_is_right():
+    J = pf.jacobian(written_out, normal(6))
+    torch.testing.assert_close(J.matrix(), torch.diag(TRUTH))
