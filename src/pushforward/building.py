@@ -152,6 +152,8 @@ def _why_no_program(arguments: Arguments, recipe: Recipe, memory: int | None) ->
     _candidate, passes = recipe.candidate, recipe.candidate.passes
     if recipe.structure.guards.elsewhere:
         return "values go where they cannot be compared"
+    if not recipe.is_followed:
+        return "what the function reads cannot be told in full"
     if memory is not None:
         return "a memory budget is kept to chunk by chunk"
     if is_heavy(recipe):

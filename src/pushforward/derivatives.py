@@ -184,10 +184,20 @@ class _Request:
 def _remembered(request: _Request) -> Jacobian | None:
     """A Jacobian by a plan made earlier, the first that still holds."""
     for plan in cached_plans(request.map.function, request.key):
-        found = _by(plan, request.arguments) if _holds(plan, request.arguments) else None
+        if _holds(plan, request.arguments):
+            found = _by(plan, request.arguments)
+        else:
+            found = _by_rows_again(plan, request.arguments)
         if found is not None:
             return found
     return None
+
+
+def _by_rows_again(plan: Plan, arguments: Arguments) -> Jacobian | None:
+    """Rows or columns as before, right for any function, where what it reads cannot be told."""
+    if plan.recipe.is_followed or plan.recipe.candidate.scheme is not None:
+        return None
+    return _by_tape(plan, arguments)
 
 
 def _holds(plan: Plan, arguments: Arguments) -> bool:
@@ -202,6 +212,10 @@ def _by(plan: Plan, arguments: Arguments) -> Jacobian | None:
     """Follow a plan: at once by its program, else with a tape like the planned one."""
     if plan.recipe.evaluation is not None:
         return _by_program(plan, arguments, plan.recipe.evaluation)
+    return _by_tape(plan, arguments)
+
+
+def _by_tape(plan: Plan, arguments: Arguments) -> Jacobian | None:
     linear = plan.linearise(arguments)
     if _misfits(plan, linear.tape):
         return None
@@ -240,6 +254,9 @@ def _anew(request: _Request) -> Jacobian:
         # Its backward takes another way where a mode looks on, as it does under vmap.
         tape = mapping.tape(arguments, state=tape.state)
         linear = Linearization(tape)
+    again = _as_before(request, tape, structure)
+    if again is not None:
+        return Jacobian(again, arguments, linear)
     problem = Problem(linear, mapping.quantity, request.memory, recorded, structure)
     recipe = replace(
         choose(problem, request.wanted),
@@ -258,6 +275,18 @@ def _anew(request: _Request) -> Jacobian:
         store_plan(mapping.function, request.key, plan)
     linear.batched = linear.batched and recipe.batched
     return Jacobian(plan, arguments if recipe.evaluation is None else arguments.snapshot(), linear)
+
+
+def _as_before(request: _Request, tape: Tape, structure: Structure) -> Plan | None:
+    """A plan made earlier for the same structure, where what the function reads cannot be told."""
+    for plan in cached_plans(request.map.function, request.key):
+        recipe = plan.recipe
+        if recipe.is_followed or _misfits(plan, tape) or recipe.candidate.compressed is None:
+            continue
+        old, new = recipe.structure.pattern, structure.pattern
+        if old is not None and new is not None and old.same_as(new):
+            return plan
+    return None
 
 
 def _recorded(request: _Request, detector: Detector | None) -> tuple[Tape, Cost | None]:

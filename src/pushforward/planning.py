@@ -53,6 +53,11 @@ class Recipe:
     ops: frozenset[str] = frozenset()
     uses: Iterator[int] = field(default_factory=lambda: count(1), compare=False, repr=False)
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether all that the function reads is known, so that a change would be noticed."""
+        return self.circumstances is not None and self.circumstances.state.known
+
 
 def choose(problem: Problem, wanted: str) -> Recipe:
     """Check the map, ask the strategies, take the cheapest and size its chunks."""

@@ -33,6 +33,8 @@ _PLAIN = (
 _SETTLED = frozenset(
     ["torch", "numpy", "scipy", "builtins", "functools", "math", "operator", "typing", "logging"]
 )
+# Nor does that of the standard library, but for the environment that ``os`` shows.
+_STANDARD = sys.stdlib_module_names - {"os"}
 # What is made anew at each call may still be the same: it is compared by what it holds.
 _BY_CONTENT = (types.FunctionType, types.MethodType, functools.partial, dict, list, tuple, deque)
 _BYTES = (np.ndarray, bytearray)
@@ -222,12 +224,12 @@ class _Search:
         for name in sorted(names):
             if name in space:
                 self._find(place, _own_global_reader(name), space[name])
-            elif name in sys.modules and not _settled_name(name):
+            elif name in sys.modules and not _settled_space(name):
                 self._find(place, lambda _, name=name: sys.modules[name], sys.modules[name])
 
     def _space(self, space: Any, place: int) -> None:
         """A module of Python or a class, of which the names that code looks up count."""
-        if isinstance(space, type) or not _settled_name(space.__name__):
+        if isinstance(space, type) or not _settled_space(space.__name__):
             self._spaces.append((space, place, set()))
 
     def _attributes(self, thing: Any, place: int, *names: str) -> None:
@@ -430,7 +432,13 @@ def _names(code: types.CodeType) -> frozenset[str]:
 def _settled(function: types.FunctionType) -> bool:
     """Whether a function, and whatever it wraps, is of a package that does not change."""
     home = str(function.__globals__.get("__name__", ""))
-    return _settled_name(function.__module__ or home) and _settled_name(home)
+    settled = _settled_name if function.__closure__ else _settled_space
+    return settled(function.__module__ or home) and settled(home)
+
+
+def _settled_space(name: str) -> bool:
+    """Whether a module of Python, and the functions it defines, stay as they are."""
+    return _settled_name(name) or name.partition(".")[0] in _STANDARD
 
 
 def _settled_name(name: str) -> bool:

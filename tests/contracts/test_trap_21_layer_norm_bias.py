@@ -12,7 +12,7 @@ from torch import Tensor
 import pushforward as pf
 from oracles import loop_hessian
 
-REVISIT = "docs/explanation/traps.md, which says what to do about it"
+REVISIT = "composites.UNFIT, and take_census in tape, which tells such a norm by its node"
 X, BIAS, ONES = normal(3, 4), normal(4, seed=1), torch.ones(4, dtype=torch.float64)
 
 
@@ -47,19 +47,16 @@ def test_both_gradients_together_fail():
 
 
 @pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
-def test_entries_are_right(argnums: int | tuple[int, ...]):
+def test_it_is_written_out(argnums: int | tuple[int, ...]):
     expected = pf.jacobian(with_weight, X, BIAS, argnums=argnums, plan="loop").matrix()
-    for plan in ("auto", "reverse", "loop"):
+    v = normal(expected.shape[1], seed=3)
+    for plan in ("auto", "reverse", "forward", "loop"):
         J = pf.jacobian(fused, X, BIAS, argnums=argnums, plan=plan)
         torch.testing.assert_close(J.matrix(), expected)
+        torch.testing.assert_close((J @ v).reshape(-1), expected @ v)
+
+
+def test_hessians_are_right():
     H = pf.hessian(lambda x: fused(x, BIAS).pow(3).sum(), X)
-    torch.testing.assert_close(
-        H.dense(), loop_hessian(lambda x: with_weight(x, BIAS).pow(3).sum(), X)
-    )
-
-
-@pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
-def test_a_weight_of_ones_makes_products_right(argnums: int | tuple[int, ...]):
-    J = pf.jacobian(with_weight, X, BIAS, argnums=argnums)
-    v = normal(J.shape[1], seed=3)
-    torch.testing.assert_close((J @ v).reshape(-1), J.matrix() @ v)
+    expected = loop_hessian(lambda x: with_weight(x, BIAS).pow(3).sum(), X)
+    torch.testing.assert_close(H.dense(), expected)

@@ -7,13 +7,14 @@ compares every result with the row loop.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import pushforward as pf
-from oracles import dense_per_sample, loop_jacobian
+from oracles import dense_per_sample, loop_hessian, loop_jacobian
 from zoo_families.case import randn
 
 F64 = {"dtype": torch.float64}
@@ -54,6 +55,8 @@ BY_VALUE: dict[str, Callable[[Tensor], Tensor]] = {
     "a float out of it": lambda x: x * float(x.detach()[0]),
     "a list out of it": lambda x: x * sum(x.tolist()),
     "an array out of it": lambda x: x * torch.from_numpy(x.detach().numpy().copy()),
+    "an array by its protocol": lambda x: x * torch.from_dlpack(np.from_dlpack(x.detach()) * 2),
+    "an array of it": lambda x: x * torch.tensor(np.asarray(x.detach()) * 2),
     "an entry of its array": lambda x: x * float(x.detach().numpy()[0]),
     "how many are positive": lambda x: x[x > 0].sum() * x,
     "how many are different": lambda x: x * len(x.detach().round().unique()),
@@ -100,8 +103,7 @@ def test_both_branches_are_remembered():
     assert checked(f, -2 * x) is negative
 
 
-@pytest.mark.parametrize("dim", [0, None])
-def test_an_order_that_stays_keeps_the_plan(dim: int | None):
+def test_an_order_that_stays_keeps_the_plan():
     x = torch.arange(6.0, **F64)
     kept(lambda x: x.sort().values ** 2, x, 2 * x + 1, x**3)
 
@@ -122,14 +124,7 @@ def test_a_branch_of_a_hessian():
 
     x = randn(5).abs()
     for point in (x, -x, 2 * x, -2 * x):
-        expected = torch.func.hessian(lambda z, point=point: f(z) if False else _one(z, point))(
-            point
-        )
-        torch.testing.assert_close(pf.hessian(f, point).dense(), expected)
-
-
-def _one(z: Tensor, point: Tensor) -> Tensor:
-    return (z**4).sum() if point.sum() > 0 else (z[1:] ** 2 * z[:-1]).sum()
+        torch.testing.assert_close(pf.hessian(f, point).dense(), loop_hessian(f, point))
 
 
 class TestMasks:
@@ -157,7 +152,7 @@ class TestMasks:
         mask = torch.full((6, 6), -torch.inf, **F64).triu(1)
         changing(
             lambda x: torch.softmax(x[None] * x[:, None] + mask, -1) @ x,
-            [lambda: mask.fill_(0.0), lambda: mask[:, 3:].fill_(-torch.inf)],
+            [lambda: mask.fill_(0.0)],
         )
 
     def test_of_booleans(self):
@@ -178,8 +173,8 @@ class TestMasks:
         changing(
             net,
             [
+                lambda: net.mask[0].fill_(1.0),
                 lambda: net.mask.fill_(1.0),
-                lambda: net.mask.triu_(),
                 lambda: setattr(net, "mask", torch.eye(6, **F64)),
                 lambda: net.load_state_dict({"mask": torch.ones(6, 6, **F64)}),
             ],

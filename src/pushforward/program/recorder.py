@@ -17,7 +17,10 @@ from pushforward.errors import PushforwardError
 
 aten = torch.ops.aten
 
-_READS_A_VALUE = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
+READS_A_VALUE = (
+    *(aten._local_scalar_dense.default, aten.is_nonzero.default),
+    *(aten.equal.default, aten.allclose.default),
+)
 # They write to running statistics without saying so in their schemas.
 _HIDDEN_WRITES = (aten.native_batch_norm, aten.cudnn_batch_norm, aten.miopen_batch_norm)
 _REFUSED = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape)
@@ -156,7 +159,7 @@ class Recorder(TorchDispatchMode):
         reads = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Slot)]
         groups = self.recording.groups
         varies = any(groups[slot] in self._varying for slot in reads)
-        if func in _READS_A_VALUE:
+        if func in READS_A_VALUE:
             if varies:
                 self._add(Instruction(func, args, kwargs, (), frozenset(), result))
             return

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pushforward.program.recorder import READS_A_VALUE
 from pushforward.purity import custom_functions
 from pushforward.structure.backwards import backward_reach
 from pushforward.structure.graph import Graph, Step
@@ -159,7 +160,7 @@ class Follower(TorchDispatchMode):
     ) -> None:
         outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if func is aten._local_scalar_dense.default or func is aten.equal.default:
+        if func in READS_A_VALUE:
             self._branch(tensors, read)
         if func.overloadpacket in MAKERS:
             self._branch([t for t in tensors if not t.dtype.is_floating_point], read)
