@@ -41,7 +41,8 @@ def jacobian(
         argnums: which arguments to differentiate with respect to.
         batch_dim: None for one map; 0 where dimension 0 of input and output is a batch of
             independent samples, and every result is then per sample.
-        plan: "auto", the name of a strategy ("reverse", "forward", "loop"), or a `Plan`.
+        plan: "auto", the name of a strategy ("sparse", "batch", "split", "constant", "reverse",
+            "forward", "loop"), or a `Plan`.
         memory: a budget in bytes for what is allocated.
         compile: hand the program of the plan to ``torch.compile``: slower to make, and faster where
             a program has many small ops.
@@ -57,7 +58,8 @@ def jacobian(
         MemoryBudgetError: ``memory`` is too small for a single pass.
         DifferentiationError: an op without a derivative.
 
-    Cost: one evaluation of ``f``; then min(m, n) passes for all entries, one per product.
+    Cost: the first call evaluates ``f``, looks at its structure, plans and verifies; later ones run
+    the plan alone. ``plan.passes`` passes for all entries, one for a product.
 
     Example:
         >>> import torch
@@ -92,8 +94,9 @@ def hessian(
         ShapeError: more than one output scalar.
         PushforwardError: for the reasons that `jacobian` has.
 
-    Cost: one evaluation and one gradient; then n Hessian-vector products for all entries. Reverse
-    mode over reverse mode: the nested forward modes of torch are wrong for several ops.
+    Cost: as for `jacobian`, with a gradient in the place of an evaluation; ``plan.passes``
+    Hessian-vector products for all entries, at most n. Reverse mode over reverse mode: the nested
+    forward modes of torch are wrong for several ops.
 
     Example:
         >>> import torch
@@ -267,6 +270,11 @@ def _anew(request: _Request) -> Jacobian:
     )
     structure.guards.constants.clear()  # a plan that is remembered keeps no tensor alive
     recipe = build(mapping, arguments, recipe, request.memory, request.compiled)
+    if request.wanted == "constant" and recipe.candidate.strategy != "constant":
+        raise PlanError(
+            "the strategy constant expects a Jacobian that is the same everywhere, and this one "
+            'cannot be told to be; use plan="auto"'
+        )
     wrong = verify(mapping, arguments, recipe)
     if wrong is not None:
         recipe = plain_again(problem, replace(recipe, evaluation=None), wrong)

@@ -42,7 +42,7 @@ def divergence(
         DimensionError: as many outputs as inputs were expected, and others came.
         PushforwardError: for the reasons that `pushforward.jacobian` has.
 
-    Cost: n passes.
+    Cost: n passes, or as few as keep the diagonal apart where a pattern is known.
 
     Example:
         >>> divergence(lambda x: x**2, torch.tensor([1.0, 2.0]))

@@ -324,7 +324,10 @@ class Jacobian(LinearOperator):
         )
 
     def sparse(self, layout: str = "csr") -> Any:
-        """The entries that are not zero, (m, n).
+        """The entries that may be other than zero, (m, n), by the pattern of the plan.
+
+        Those of them that are zero at this point are kept, so that the arrays have the same
+        structure at every point. Where no pattern is known, the entries that are not zero here.
 
         Args:
             layout: "csr" or "coo" for a torch sparse tensor, "scipy" for a

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # Rows that are held at a time where J v is made of them.
 _ROWS = 64
+# None that people draw their points by: vectors that are the point can hide a mistake.
+_SEED = 577_215_664
 
 
 @dataclass(eq=False)
@@ -282,7 +284,7 @@ def _backward(
 
 def random_vectors(side: Layout, count: int) -> tuple[Tensor, ...]:
     """Vectors to try things on, ``(1, [B,] size)`` each, the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(_SEED)
     shape = (1, *side.lead, side.size)
     draws = [torch.randn(shape, generator=generator) for _ in range(count)]
     return tuple(v.to(side.device, side.dtype) for v in draws)

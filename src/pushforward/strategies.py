@@ -15,6 +15,7 @@ from pushforward.checks import why_not_forward
 from pushforward.coloring import Coloring, acyclic, by_both, by_columns, by_rows, diagonal, star
 from pushforward.coloring.scheme import read_columns, read_rows
 from pushforward.compressed import Compressed
+from pushforward.errors import DimensionError
 from pushforward.factors import Split
 from pushforward.meter import Cost
 from pushforward.pattern import Pattern
@@ -124,7 +125,8 @@ def constant(problem: Problem) -> Candidate | str:
     best = _fewest(problem, pattern)
     if isinstance(best, str):
         return best
-    return replace(best, strategy="constant", work=0.0)
+    free = [replace(each, strategy="constant", work=0.0) for each in (best, *best.rivals)]
+    return replace(free[0], rivals=tuple(free[1:]))
 
 
 def batch(problem: Problem) -> Candidate | str:
@@ -236,6 +238,11 @@ def diagonal_only(problem: Problem) -> Candidate | str:
     """The diagonal alone: columns share a pass unless one pollutes the other's entry there."""
     if problem.quantity != "diagonal":
         return "all entries are wanted"
+    if problem.m != problem.n:
+        raise DimensionError(
+            f"a diagonal expects as many outputs as inputs, got {problem.m} outputs and "
+            f"{problem.n} inputs; plan the Jacobian"
+        )
     pattern = problem.structure.pattern
     if pattern is None:
         return problem.structure.note or "no structure is known"

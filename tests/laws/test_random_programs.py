@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import pushforward as pf
-from oracles import dense_per_sample, loop_jacobian, reverse_over_reverse
+from oracles import dense_per_sample, loop_hessian, loop_jacobian, reverse_over_reverse
+from programs import ENDINGS, OPS, Program
 
 Step = Callable[[Tensor], Tensor]
 
@@ -140,3 +141,74 @@ def test_infinite_derivatives_are_not_taken_for_coupling():
     x = torch.tensor([[0.0], [1.0], [4.0]])
     J = pf.jacobian(torch.sqrt, x, batch_dim=0).matrix()
     assert J.flatten().tolist() == [float("inf"), 0.5, 0.25]
+
+
+steps = st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 3), st.integers(0, 3))
+programs = st.builds(
+    Program, st.lists(steps, min_size=1, max_size=6), st.sampled_from(sorted(ENDINGS))
+)
+SCHEMES = ("sparse", "batch", "constant", "reverse", "loop")
+
+
+def points(rows: int, columns: int, seed: int) -> list[Tensor]:
+    """One point, and others at which signs, orders and branches are different ones."""
+    x = normal(rows, columns, seed=seed)
+    return [x, -x, normal(rows, columns, seed=seed + 10), 0.5 * x]
+
+
+@given(program=programs, rows=sides, columns=sides, seed=seeds)
+@settings(max_examples=60)
+def test_straight_line_programs(program: Program, rows: int, columns: int, seed: int):
+    """Values, patterns and verification, with plans used again where signs and orders change."""
+    first, *others = points(rows, columns, seed)
+    plan = pf.plan(program, first)
+    for x in (first, *others, first):
+        expected = loop_jacobian(program, x)
+        for J in (pf.jacobian(program, x), plan(x)):
+            torch.testing.assert_close(J.dense(), expected, rtol=1e-9, atol=1e-9)
+            assert not any("other numbers" in note for note in J.plan.recipe.notes)
+            assert J.plan.recipe.structure.note == ""
+            missed = (expected.reshape(J.shape) != 0).numpy() & ~J.plan.pattern.todense()
+            assert not missed.any()
+
+
+@given(program=programs, rows=sides, columns=sides, plan=st.sampled_from(SCHEMES))
+@settings(max_examples=60)
+def test_straight_line_programs_by_name(program: Program, rows: int, columns: int, plan: str):
+    x, y, *_ = points(rows, columns, 2)
+    for point in (x, y):
+        try:
+            J = pf.jacobian(program, point, plan=plan)
+        except pf.errors.PlanError as refusal:
+            assert "applies to this map" in str(refusal)  # noqa: PT017
+            continue
+        expected = loop_jacobian(program, point)
+        torch.testing.assert_close(J.dense(), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(program=programs, rows=sides, columns=sides, again=st.booleans())
+@settings(max_examples=30)
+def test_straight_line_programs_train(program: Program, rows: int, columns: int, again: bool):
+    x = normal(rows, columns)
+    (expected,) = reverse_over_reverse(_loss, program, x)
+    for _ in range(1 + again):
+        leaf = x.clone().requires_grad_()
+        loss = _loss(pf.jacobian(program, leaf).dense())
+        found = torch.zeros_like(x)
+        if loss.requires_grad:
+            (found,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def _loss(matrix: Tensor) -> Tensor:
+    return (matrix * normal(*matrix.shape, seed=5)).sum() + matrix.square().sum()
+
+
+@given(program=programs.map(lambda p: Program(p.steps, "total")), rows=sides, columns=sides)
+@settings(max_examples=30)
+def test_straight_line_programs_curve(program: Program, rows: int, columns: int):
+    f = lambda x: program(x)[0]  # noqa: E731
+    for x in points(rows, columns, 1)[:2]:
+        H = pf.hessian(f, x)
+        torch.testing.assert_close(H.dense(), loop_hessian(f, x), rtol=1e-8, atol=1e-8)
+        assert not any("other numbers" in note for note in H.plan.recipe.notes)

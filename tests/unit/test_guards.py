@@ -327,15 +327,22 @@ class TestArguments:
         checked(f, randn(6), settings)
 
     def test_one_tensor_in_two_places(self):
-        """A plan for two tensors does not hold where both are the same, nor the other way."""
+        """A plan made where two arguments are one tensor serves where they are two."""
 
         def f(x: Tensor, y: Tensor) -> Tensor:
-            return x * y if x is y else x + y.flip(0) * x
+            return x * y + y.flip(0)
 
         x, y = randn(6), randn(6, seed=1)
         for other in (x, y, x):
-            found = pf.jacobian(f, x, other).dense()
-            assert found.shape == (6, 6)
+            torch.testing.assert_close(pf.jacobian(f, x, other).dense(), torch.diag(other))
+
+    def test_one_tensor_in_two_places_that_are_differentiated(self):
+        x, y = randn(6), randn(6, seed=1)
+        for other in (x, y, x):
+            J = pf.jacobian(lambda x, y: x * y.sin(), x, other, argnums=(0, 1))
+            expected = torch.diag(other.sin()), torch.diag(x * other.cos())
+            for ours, theirs in zip(J.dense(), expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
 
 
 class TestPlansInHand:

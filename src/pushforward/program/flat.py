@@ -142,7 +142,18 @@ def _values_read(instruction: Instruction) -> list[Slot]:
     """The slots whose values, and not only shapes, an instruction needs."""
     if instruction.func is aten.convolution_backward.default and not instruction.args[10][1]:
         return [instruction.args[0], instruction.args[2]]
+    if instruction.func.overloadpacket in _SHAPE_OF_SECOND:
+        return [instruction.args[0]]
     return instruction.reads
+
+
+# Their second argument is there for its shape.
+_SHAPE_OF_SECOND = (
+    aten.avg_pool2d_backward,
+    aten.avg_pool3d_backward,
+    aten._adaptive_avg_pool2d_backward,
+    aten._adaptive_avg_pool3d_backward,
+)
 
 
 class _Writer:
@@ -295,7 +306,8 @@ def _slice(writer: _Writer, tensor: Slot, dim: int = 0, *bounds: int | None) -> 
 
 
 def _view(writer: _Writer, tensor: Slot, shape: list[int]) -> str:
-    return f"{writer.spelled(tensor)}.view({writer.spelled(list(shape))})"
+    # Fused calls may lie in memory in another order than what they stand for.
+    return f"{writer.spelled(tensor)}.reshape({writer.spelled(list(shape))})"
 
 
 # The largest index that slices of torch go to.

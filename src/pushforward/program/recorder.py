@@ -133,8 +133,7 @@ class Recorder(TorchDispatchMode):
         """The slot of a tensor; for one from outside, a new one."""
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             raise CannotRecord(f"a {type(tensor).__name__} is no plain tensor")
-        if tensor.layout != torch.strided:
-            raise CannotRecord("a sparse tensor takes part")
+        _refuse_sparse(tensor)
         storage = self._storages.get(_key(tensor))
         if storage is None:
             return self._external(tensor)
@@ -156,6 +155,8 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        for tensor in outputs:
+            _refuse_sparse(tensor)
         reads = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Slot)]
         groups = self.recording.groups
         varies = any(groups[slot] in self._varying for slot in reads)
@@ -241,6 +242,12 @@ class Recorder(TorchDispatchMode):
         if storage.group not in self._varying:
             self.recording.constants[slot] = tensor
         return slot
+
+
+def _refuse_sparse(tensor: Tensor) -> None:
+    """Only what lies in a storage by its strides can be told from other views of it."""
+    if tensor.layout != torch.strided:
+        raise CannotRecord("a sparse tensor takes part")
 
 
 def _forget(recorder: Callable[[], Recorder | None], key: int, alive: Any) -> None:

@@ -266,8 +266,9 @@ def _two_constants(i: Instruction, context: Context) -> Instruction:
         if value is None or inner is None or inner.kwargs or i.kwargs:
             continue
         for known, left in (inner.args, inner.args[::-1]):
-            first = context.constant(known)
-            if first is not None and context.like(known) == context.like(term):
+            first, out = context.constant(known), context.like(out_of(i))
+            alike = context.like(known) == context.like(term)
+            if first is not None and alike and _one_dtype(out, (term,), context):
                 return replace(i, args=(left, context.new_constant(first + value)))
     return i
 
@@ -298,7 +299,7 @@ def _factor(i: Instruction, context: Context) -> Instruction | Slot:
         if _lies_like(rest, i, context) and bool((value == 1).all()):
             return rest
         negated = context.maker(rest, aten.neg.default)
-        if negated is not None:
+        if negated is not None and value.dtype == context.like(out_of(i)).dtype:
             return replace(i, args=(context.new_constant(-value), negated.args[0]))
     return i
 
@@ -320,21 +321,26 @@ def _times_number(number: float, slot: Slot, context: Context) -> Any:
         return None
     if product is not None:
         for factor, rest in (product.args, product.args[::-1]):
-            value = context.constant(factor)
-            if value is not None and value.dtype == context.like(slot).dtype:
-                return aten.mul.Tensor, (context.new_constant(value * number), rest)
+            scaled = _multiple(context.constant(factor), number)
+            if scaled is not None and scaled.dtype == context.like(slot).dtype:
+                return aten.mul.Tensor, (context.new_constant(scaled), rest)
     fused = context.maker(slot, aten.addcmul.default)
     if fused is not None and not fused.kwargs and context.used_once(fused.args[0]):
         start = _times_number(number, fused.args[0], context)
-        value = context.constant(fused.args[1])
-        if start is not None and value is not None:
+        scaled = _multiple(context.constant(fused.args[1]), number)
+        if start is not None and scaled is not None:
             begun = context.emit(start[0], start[1], context.like(fused.args[0]))
-            return aten.addcmul.default, (
-                begun,
-                context.new_constant(value * number),
-                fused.args[2],
-            )
+            return aten.addcmul.default, (begun, context.new_constant(scaled), fused.args[2])
     return None
+
+
+def _multiple(value: Tensor | None, number: float) -> Tensor | None:
+    """A constant times a number, where that neither grows beyond all bounds nor vanishes."""
+    if value is None:
+        return None
+    scaled = value * number
+    kept = (scaled.isfinite() & ((scaled != 0) | (value == 0))) | ~value.isfinite()
+    return scaled if bool(kept.all()) else None
 
 
 def _by_number(i: Instruction, context: Context) -> Instruction | Slot:
