@@ -48,7 +48,7 @@ def _write_where_negative(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _write_through_a_view(a: Tensor, b: Tensor) -> Tensor:
-    y = a + 0.1
+    y = (a + 0.1).contiguous()
     y.view(-1)[::2].copy_(b.reshape(-1)[::2])
     return y
 
