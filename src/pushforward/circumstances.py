@@ -72,6 +72,7 @@ def _view_of(owner: Tensor, tensor: Tensor) -> Callable[[], Tensor | None]:
 class Circumstances:
     """The state of Python, constants that served as structure, and integer arguments.
 
+    ``strides`` say how the tensors among the arguments lie in memory, which a function may look at.
     ``at_point`` says that the structure holds at the point of planning only, as far as can be told
     without running the map.
     """
@@ -80,6 +81,7 @@ class Circumstances:
     constants: tuple[Guarded, ...]
     arguments: tuple[Tensor | None, ...]
     at_point: bool
+    strides: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def of(
@@ -93,7 +95,8 @@ class Circumstances:
         known = [original(tensor) for tensor in guards.constants.values()]
         constants = tuple(Guarded.of(tensor, _owner(state, tensor)) for tensor in known)
         kept = [None if _differentiable(t) else t.detach().clone() for t in arguments.others]
-        return Circumstances(state, constants, tuple(kept), guards.at_point)
+        strides = strides_of(arguments)
+        return Circumstances(state, constants, tuple(kept), guards.at_point, strides)
 
     def hold(
         self, function: Callable[..., Any], arguments: Arguments, guarded: bool = False
@@ -105,6 +108,7 @@ class Circumstances:
         others = arguments.others
         return (
             (guarded or not self.at_point)
+            and self.strides == strides_of(arguments)
             and self.state.holds(function, arguments.context)
             and all(constant.holds() for constant in self.constants)
             and len(others) == len(self.arguments)
@@ -126,6 +130,19 @@ class Circumstances:
         if self.at_point:
             parts.append("indices or branches that depend on the input, compared at each run")
         return "; ".join(parts)
+
+
+def strides_of(arguments: Arguments) -> tuple[tuple[int, ...], ...]:
+    """How the copies of the arguments that a function gets lie in memory."""
+    return tuple([_strides(t) for t in (*arguments.tensors, *arguments.others)])
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a copy; none for the plain order, and where there are no strides."""
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return ()
+    copy = torch.empty_like(tensor, device="meta")
+    return () if copy.is_contiguous() else copy.stride()
 
 
 def _differentiable(tensor: Tensor) -> bool:

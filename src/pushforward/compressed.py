@@ -12,6 +12,7 @@ from torch import Tensor
 from pushforward.coloring import Coloring, seeds
 from pushforward.passes import Linearization
 from pushforward.pattern import Pattern
+from pushforward.purity import outside_inference
 
 # How many products of an entry and an element are held at once.
 _TERMS = 1 << 24
@@ -43,8 +44,9 @@ class Compressed:
 
     def _seeds(self, colors: np.ndarray | None, count: int) -> Tensor:
         assert colors is not None
-        made = torch.from_numpy(np.ascontiguousarray(seeds(colors, count)))
-        return made.to(self.device, self.dtype)
+        with outside_inference():  # a plan made there is used elsewhere too
+            made = torch.from_numpy(np.ascontiguousarray(seeds(colors, count)))
+            return made.to(self.device, self.dtype)
 
     @cached_property
     def source(self) -> Tensor:
@@ -64,7 +66,8 @@ class Compressed:
     @cached_property
     def coordinates(self) -> Tensor:
         """Rows and columns of all entries, (2, nnz)."""
-        return torch.stack([self.rows, self.columns])
+        with outside_inference():
+            return torch.stack([self.rows, self.columns])
 
     @cached_property
     def places(self) -> Tensor:
@@ -79,7 +82,8 @@ class Compressed:
         return tuple((self._numbers(a), self._numbers(b)) for a, b in steps)
 
     def _numbers(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self.device)
+        with outside_inference():
+            return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self.device)
 
     @property
     def constants(self) -> list[Tensor]:

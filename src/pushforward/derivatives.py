@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -329,6 +330,7 @@ def _plan(request: _Request, tape: Tape, recipe: Recipe) -> Plan:
         request.wanted,
         _diagonal_by,
         request.compiled,
+        tuple([(weakref.ref(module), module.training) for module in tape.loan.modules]),
     )
 
 

@@ -33,8 +33,11 @@ class Evaluation:
     trained: list[bool] = field(default_factory=list)
 
     def versions(self) -> tuple[tuple[int, int], ...]:
-        """How often each tensor from outside was written to, and where it lies."""
-        found = self.program.outside()
+        """How often each tensor from outside was written to, and where it lies; () if one went."""
+        try:
+            found = self.program.outside()
+        except Stale:
+            return ()
         return tuple([(0 if t.is_inference() else t._version, t.data_ptr()) for t in found])
 
     def values(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from pushforward.passes import Linearization, gradients_of
 from pushforward.program import CannotRecord
 from pushforward.purity import recording
 from pushforward.structure.cuts import Cut, Way
+from pushforward.structure.graph import is_counted
 from pushforward.tape import Tape, record
 
 
@@ -29,12 +30,19 @@ class Tap(TorchDispatchMode):
     Args:
         cuts: (number of an op, which of its outputs) of the tensors that are cut at.
         orders: numbers of ops whose indices are kept, arguments and outputs.
+        names: of ops by their numbers, as far as they are known.
     """
 
-    def __init__(self, cuts: Sequence[tuple[int, int]] = (), orders: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        cuts: Sequence[tuple[int, int]] = (),
+        orders: Collection[int] = (),
+        names: Mapping[int, str] | None = None,
+    ) -> None:
         super().__init__()
         self._cuts = {number for number, _ in cuts}
         self._orders = frozenset(orders)
+        self._names = names or {}
         self._count = 0
         self.kept: dict[tuple[int, int], Tensor] = {}
         self.indices: list[Tensor] = []
@@ -56,12 +64,17 @@ class Tap(TorchDispatchMode):
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._count += 1
         result = func(*args, **(kwargs or {}))
+        if not is_counted(func):
+            return result
+        self._count += 1
         if self._count in self._cuts:
             for place, tensor in enumerate(_tensors(result)):
                 self.kept[self._count, place] = tensor
         if self._count in self._orders:
+            name = func.overloadpacket.__name__
+            if self._names.get(self._count, name) != name:
+                raise CannotRecord("other ops ran than when the structure was found")
             self.indices += self._indices((args, kwargs, result))
         return result
 

@@ -65,7 +65,8 @@ class Jacobian(LinearOperator):
     def _linear(self) -> Linearization:
         """The tape, made when something asks for it."""
         if self._made is None:
-            self._made = self.plan.linearise(self._arguments)
+            with self.plan.late(self._arguments):
+                self._made = self.plan.linearise(self._arguments)
         return self._made
 
     @property

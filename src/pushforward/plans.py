@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pushforward.boundary import Arguments, Layout
 from pushforward.building import Map, entries, evaluate
 from pushforward.compressed import Compressed
 from pushforward.costs import Prediction, evaluation_ops, prediction
+from pushforward.errors import DifferentiationError
 from pushforward.explaining import function_name, lines, table
 from pushforward.factors import Split
 from pushforward.passes import Linearization
 from pushforward.pattern import Pattern
 from pushforward.planning import Recipe
+from pushforward.purity import modes_set
 from pushforward.saving import Saved, save
 from pushforward.work import Op
 
@@ -56,6 +59,7 @@ class Plan:
     wanted: str = "auto"
     diagonal_by: Callable[..., Any] | None = None
     compiled: bool = False
+    modules: tuple[tuple[Callable[[], nn.Module | None], bool], ...] = ()
     saved: Saved | None = None
 
     @property
@@ -185,7 +189,29 @@ class Plan:
 
     def entries(self, arguments: Arguments, linear: Linearization | None) -> Sequence[Tensor]:
         """What the scheme gives at some arguments: values in order, or two factors."""
-        return evaluate(self.map, arguments, self.recipe, linear)
+        return evaluate(self.map, arguments, self.recipe, linear, self.late)
+
+    @contextmanager
+    def late(self, arguments: Arguments) -> Iterator[None]:
+        """Entered where the map is recorded after the Jacobian was taken: in the modes of then.
+
+        Raises:
+            DifferentiationError: something else that the function reads has changed since.
+        """
+        alive = [(module(), training) for module, training in self.modules]
+        with modes_set([(module, flag) for module, flag in alive if module is not None]):
+            if self._has_changed(arguments):
+                raise DifferentiationError(
+                    "expected a function that is what it was when this Jacobian was taken, but "
+                    "something that it reads has changed since; take the Jacobian again after the "
+                    "change, or use it before"
+                )
+            yield
+
+    def _has_changed(self, arguments: Arguments) -> bool:
+        """Whether something that the function reads is known to be other than it was."""
+        known = self.recipe.circumstances if self.recipe.is_followed else None
+        return known is not None and not known.hold(self.function, arguments, guarded=True)
 
     def attached(self, arguments: Arguments) -> bool:
         """Whether anything that the program reads is to have gradients."""

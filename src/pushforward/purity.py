@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,6 +217,20 @@ def untouched(function: Callable[..., Any], state: RandomState | None = None) ->
         finally:
             _switch_attention(*kernels)
             before.restore()
+
+
+@contextmanager
+def modes_set(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Give modules the training flags that they had, for a while, each its own alone."""
+    with one_at_a_time():
+        before = [(module, module.training) for module, _ in modes]
+        for module, training in modes:
+            module.training = training
+        try:
+            yield
+        finally:
+            for module, training in before:
+                module.training = training
 
 
 @contextmanager

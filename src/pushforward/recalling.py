@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pushforward.boundary import Arguments, Layout
 from pushforward.building import build, verify
 from pushforward.checks import check_samples
-from pushforward.circumstances import Circumstances, Guarded
+from pushforward.circumstances import Circumstances, Guarded, strides_of
 from pushforward.errors import PlanError
 from pushforward.explaining import TAPED
 from pushforward.passes import Linearization
@@ -27,6 +27,7 @@ from pushforward.plans import Plan
 from pushforward.problems import Problem
 from pushforward.saving import Conditions, digest
 from pushforward.state import State
+from pushforward.structure.graph import is_counted
 from pushforward.tape import Tape, inside_a_transform
 
 
@@ -53,7 +54,8 @@ class Names(TorchDispatchMode):
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
+        if is_counted(func):
+            self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -127,7 +129,8 @@ def _circumstances(
         None if code is None else tensor.detach().clone()
         for code, tensor in zip(conditions.arguments, others, strict=True)
     )
-    return Circumstances(state, guarded, kept, conditions.at_point)
+    strides = strides_of(arguments)
+    return Circumstances(state, guarded, kept, conditions.at_point, strides)
 
 
 def _found(state: State, place: int) -> Tensor | None:

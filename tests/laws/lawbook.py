@@ -1,5 +1,6 @@
 """What the laws have in common: problems under one draw of random numbers, and comparisons."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from oracles import as_real, leaves, loop_dense, loop_jacobian
 from zoo import Problem
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+# What a strategy says, asked for by name, where it is none for a map.
+REFUSED = re.compile("applies to this map|cannot be told to be")
 
 
 def drawn(compute: Callable[[], Any]) -> Any:

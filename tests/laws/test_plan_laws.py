@@ -167,3 +167,46 @@ def test_training_within_a_budget(case: Case):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
         return
     raise AssertionError("no budget under 16 GiB is enough")
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_parameters_that_are_gone_are_noticed(attached: bool):
+    """Replaced, and not kept by anybody: the Jacobian at them is wanted all the same."""
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), normal(4)
+    pf.jacobian(net, x).matrix()
+    with torch.set_grad_enabled(attached):
+        J = pf.jacobian(net, x)
+    net[0].weight = nn.Parameter(normal(3, 4))
+    with pytest.raises(pf.errors.DifferentiationError, match="taken at, but they were changed"):
+        J.matrix()
+    torch.testing.assert_close(pf.jacobian(net, x).dense(), loop_jacobian(net, x))
+
+
+def test_orders_are_guarded_after_tensors_that_are_made_inside():
+    """Ops are found again by number: what makes constants counts alike, whoever looks on."""
+
+    def f(x: Tensor) -> Tensor:
+        back = torch.arange(3).flip(0)
+        shifted = x.index_add(0, back, torch.eye(3, dtype=x.dtype) + x.sin())
+        return shifted.sort(1).values[0] * torch.ones(3, dtype=x.dtype)
+
+    x = normal(3, 3)
+    plan = pf.plan(f, x)
+    for point in (x, -x, normal(3, 3, seed=1), x.flip(1)):
+        expected = loop_jacobian(f, point)
+        torch.testing.assert_close(plan(point).dense(), expected, **EXACT)
+        torch.testing.assert_close(pf.jacobian(f, point).dense(), expected, **EXACT)
+
+
+def test_cuts_are_found_after_tensors_that_are_made_inside():
+    weight, other = normal(160, 4, seed=1), normal(4, 160, seed=2)
+
+    def f(x: Tensor) -> Tensor:
+        scale = torch.arange(160, dtype=x.dtype) / 160 + torch.ones(160, dtype=x.dtype)
+        return ((x * scale) @ weight).tanh() @ other * torch.eye(1, dtype=x.dtype)[0]
+
+    x = normal(160)
+    plan = pf.plan(f, x)
+    assert plan.strategy == "split"
+    assert plan.passes < 40
+    torch.testing.assert_close(plan(-x).dense(), loop_jacobian(f, -x), **EXACT)

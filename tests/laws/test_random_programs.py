@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lawbook import EXACT, normal
+from lawbook import EXACT, REFUSED, normal
 from torch import Tensor
 from torch.nn import functional
 
@@ -157,7 +157,7 @@ def points(rows: int, columns: int, seed: int) -> list[Tensor]:
 
 
 @given(program=programs, rows=sides, columns=sides, seed=seeds)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_straight_line_programs(program: Program, rows: int, columns: int, seed: int):
     """Values, patterns and verification, with plans used again where signs and orders change."""
     first, *others = points(rows, columns, seed)
@@ -180,7 +180,7 @@ def test_straight_line_programs_by_name(program: Program, rows: int, columns: in
         try:
             J = pf.jacobian(program, point, plan=plan)
         except pf.errors.PlanError as refusal:
-            assert "applies to this map" in str(refusal)  # noqa: PT017
+            assert REFUSED.search(str(refusal))  # noqa: PT017
             continue
         expected = loop_jacobian(program, point)
         torch.testing.assert_close(J.dense(), expected, rtol=1e-9, atol=1e-9)

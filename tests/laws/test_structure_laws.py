@@ -1,22 +1,18 @@
 """Laws of structure: patterns over the whole zoo, and every strategy against the row loop."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lawbook import assert_same, drawn, jacobian, oracle
+from lawbook import REFUSED, assert_same, drawn, jacobian, oracle
 from torch import Tensor
 
 import pushforward as pf
 from detected import detect, draw
 from oracles import loop_matrix
-from pushforward.structure.rules.registry import RULES, without_derivative
 from zoo import Case, cases, over
 
-aten = torch.ops.aten
 PATTERNED = [case for case in cases(without=("complex", "random")) if case.make().pattern]
 # Zeros that no rule sees: which of several elements is the greatest, or rounding in a residual.
 LOOSE = {"real_fft": 36, "cholesky": 15, "lenet": 20, "residual_block": 612}
@@ -73,9 +69,9 @@ def test_strategies_by_name_give_the_same_numbers(case: Case):
         try:
             J = jacobian(problem, plan=strategy)
         except pf.errors.PlanError as refusal:
-            assert "applies to this map" in str(refusal)  # noqa: PT017
+            assert REFUSED.search(str(refusal))  # noqa: PT017
             continue
-        assert J.plan.strategy == strategy or strategy == "constant"
+        assert J.plan.strategy == strategy
         assert_same(drawn(J.dense), expected)
 
 
@@ -102,71 +98,3 @@ def test_sparse_plans_per_sample(case: Case):
     expected = pf.jacobian(problem.f, problem.x, batch_dim=0, plan="loop")
     torch.testing.assert_close(J.matrix(), expected.matrix(), rtol=1e-10, atol=1e-10)
     assert J.plan.pattern.shape == expected.shape
-
-
-@contextmanager
-def broken(op: Any, rule: Any) -> Iterator[None]:
-    """Another rule for an op, for a while."""
-    kept = RULES[op]
-    RULES[op] = rule
-    try:
-        yield
-    finally:
-        RULES[op] = kept
-
-
-def _stays(call: Any) -> list[Any]:
-    """As if nothing had moved."""
-    return [call.numbers(call.args[0])]
-
-
-def _has_no_derivative(call: Any) -> list[Any]:
-    return call.same_everywhere(without_derivative(call.everything()))
-
-
-def _forgets_the_factor(call: Any) -> list[Any]:
-    return [np.broadcast_to(call.numbers(call.args[0]), call.shape)]
-
-
-ORDER = torch.tensor([1, 0, 3, 2, 4, 5])
-MISTAKES = {
-    "roll": (aten.roll, _stays, lambda x: x.roll(1) * 2),
-    "flip": (aten.flip, _stays, lambda x: x.flip(0).sin() + x),
-    "cumsum": (aten.cumsum, _stays, lambda x: x.cumsum(0).tanh()),
-    "mul": (aten.mul, _forgets_the_factor, lambda x: x.sin() * x.roll(2)),
-    "index_select": (
-        aten.index_select,
-        _has_no_derivative,
-        lambda x: x.index_select(0, ORDER) + x,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_wrong_rule_is_noticed(name: str):
-    """By the harness, and by every plan that is made: it falls back and says so."""
-    op, mistake, f = MISTAKES[name]
-    x = draw(6)
-    expected = loop_matrix(f, x)
-    with broken(op, mistake):
-        found = detect(f, x).pattern.todense()
-        assert ((expected != 0).numpy() & ~found).any()
-        J = pf.jacobian(f, x)
-        torch.testing.assert_close(J.matrix(), expected, rtol=1e-12, atol=1e-12)
-        assert J.plan.strategy in ("reverse", "forward", "loop")
-        assert J.plan.pattern is None
-        assert "gives other numbers than a backward pass" in J.explain()
-        torch.testing.assert_close(J.plan(2 * x).matrix(), loop_matrix(f, 2 * x))
-
-
-def test_a_pattern_too_small_at_other_points_alone_is_noticed():
-    """At the point of planning the missing entries are zero; at the second point they are not."""
-
-    def f(x: Tensor) -> Tensor:
-        return x * x.roll(1)
-
-    x = torch.zeros(6, dtype=torch.float64)
-    with broken(aten.roll, _stays):
-        J = pf.jacobian(f, x)
-        assert "at a second point" in J.explain()
-        torch.testing.assert_close(J.plan(x + 1).matrix(), loop_matrix(f, x + 1))

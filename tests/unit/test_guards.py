@@ -302,6 +302,16 @@ class TestArguments:
         for how in values:
             checked(f, randn(6), how)
 
+    def test_indices(self):
+        """Used several times before they change, so that no check now and then helps."""
+
+        def f(x: Tensor, order: Tensor) -> Tensor:
+            return x[order] ** 2
+
+        x, order = randn(6), torch.arange(6)
+        for changed in (order, order, order, order.flip(0), order, order.roll(2), order % 2):
+            checked(f, x, changed)
+
     def test_masks(self):
         def f(x: Tensor, mask: Tensor) -> Tensor:
             return (mask @ x).tanh()
@@ -343,6 +353,24 @@ class TestArguments:
             expected = torch.diag(other.sin()), torch.diag(x * other.cos())
             for ours, theirs in zip(J.dense(), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
+
+
+STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "branches on strides": lambda x: x * 2 if x.is_contiguous() else x.flip(0).sin(),
+    "counts in strides": lambda x: x.as_strided((2, 2), (5, 1)).sin(),
+    "makes views where it can": lambda x: x.reshape(-1)[1:] ** 2 * x.reshape(-1)[:-1],
+    "does not care": lambda x: x.roll(1, 1) * x,
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_how_arguments_lie_in_memory(name: str):
+    """The same shapes in another order; what is no plain block of memory arrives as one."""
+    x, turned, f = randn(3, 5), randn(5, 3, seed=1).T, STRIDED[name]
+    plan = pf.plan(f, x)
+    for point in (x, turned, x, x, x, turned, randn(6, 10)[::2, ::2], turned, x.clone()):
+        for J in (pf.jacobian(f, point), plan(point)):
+            torch.testing.assert_close(J.dense(), loop_jacobian(f, point))
 
 
 class TestPlansInHand:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pushforward.program.recorder import READS_A_VALUE
 from pushforward.purity import custom_functions
 from pushforward.structure.backwards import backward_reach
-from pushforward.structure.graph import Graph, Step
+from pushforward.structure.graph import Graph, Step, is_counted
 from pushforward.structure.rules import RULES, Call
 from pushforward.structure.rules.affine import is_affine
 from pushforward.structure.rules.movement import MAKE_ZEROS
@@ -115,7 +115,7 @@ class Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._count += 1
+        self._count += is_counted(func)
         if self.failure is not None:
             return func(*args, **kwargs)
         before = self._trying(func, lambda: self._before(func, args, kwargs))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 # The content of a storage between two writes: its number, and how often it was written.
 Value = tuple[int, int]
@@ -41,3 +44,11 @@ class Graph:
     inputs: tuple[Value, ...] = ()
     outputs: tuple[Value, ...] = ()
     affine: bool = True
+
+
+def is_counted(func: Any) -> bool:
+    """Whether an op gets a number, by which it is found in another run.
+
+    Functions that make tensors detach them only where somebody who looks on keeps them.
+    """
+    return func is not torch.ops.aten.detach.default
