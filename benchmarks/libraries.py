@@ -27,15 +27,21 @@ class Model:
     causal: bool = False
 
 
-def torchvision() -> Any:
-    """The package, also where its compiled operators do not load: no model here runs any of them."""
+def library(name: str) -> Any:
+    """A library, once torchvision is there, which the other two look for."""
+    _load_torchvision()
+    return import_module(name)
+
+
+def _load_torchvision() -> None:
+    """Also where its compiled operators do not load: no model here runs any of them."""
     try:
-        return import_module("torchvision")
+        import_module("torchvision")
     except RuntimeError:
         _declare_operators()
         for name in [each for each in sys.modules if each.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        return import_module("torchvision")
+        import_module("torchvision")
 
 
 def _declare_operators() -> None:
@@ -51,8 +57,7 @@ def image(side: int, batch: int = 2) -> Tensor:
 
 def of_torchvision(name: str, side: int, module: str = "models", **options: Any) -> Model:
     def make() -> tuple[nn.Module, Tensor]:
-        torchvision()
-        builder = getattr(import_module(f"torchvision.{module}"), name)
+        builder = getattr(library(f"torchvision.{module}"), name)
         return builder(**{"num_classes": CLASSES, **options}), image(side)
 
     return Model("torchvision", name, make)
@@ -62,8 +67,7 @@ def segmentation(name: str, side: int) -> Model:
     """A pixel-wise classifier: three classes for each pixel of one image."""
 
     def make() -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        torchvision()
-        builder = getattr(import_module("torchvision.models.segmentation"), name)
+        builder = getattr(library("torchvision.models.segmentation"), name)
         net = builder(weights=None, weights_backbone=None, num_classes=3).eval().double()
         return lambda x: net(x)["out"], image(side, 1)
 
@@ -101,14 +105,24 @@ def torchvision_models() -> list[Model]:
 
 def of_timm(name: str, side: int, **options: Any) -> Model:
     def make() -> tuple[nn.Module, Tensor]:
-        create = import_module("timm").create_model
+        create = library("timm").create_model
         return create(name, pretrained=False, num_classes=CLASSES, **options), image(side)
 
     return Model("timm", name, make)
 
 
+def by_class(module: str, name: str, side: int, **options: Any) -> Model:
+    """A model of timm by its class, smaller than any that it has a name for."""
+
+    def make() -> tuple[nn.Module, Tensor]:
+        library("timm")
+        return getattr(import_module(module), name)(num_classes=CLASSES, **options), image(side)
+
+    return Model("timm", name, make)
+
+
 def timm_models() -> list[Model]:
-    sized = {"img_size": 64}
+    sized, mixing = {"img_size": 64}, {"patch_size": 8, "num_blocks": 2, "embed_dim": 32}
     return [
         of_timm("vit_tiny_patch16_224", 64, depth=2, **sized),
         of_timm("deit_tiny_patch16_224", 64, depth=2, **sized),
@@ -116,12 +130,10 @@ def timm_models() -> list[Model]:
         of_timm("eva02_tiny_patch14_224", 56, depth=2, img_size=56),
         of_timm("cait_xxs24_224", 64, depth=2, **sized),
         of_timm("xcit_nano_12_p16_224", 64, depth=2, **sized),
-        of_timm("mixer_s32_224", 64, num_blocks=2, **sized),
-        of_timm("gmlp_ti16_224", 64, num_blocks=2, **sized),
-        of_timm("resmlp_12_224", 64, num_blocks=2, **sized),
-        of_timm("convmixer_768_32", 32, dim=32, depth=4),
+        by_class("timm.models.mlp_mixer", "MlpMixer", 32, img_size=32, **mixing),
+        by_class("timm.models.convmixer", "ConvMixer", 32, dim=32, depth=4),
         of_timm("levit_128s", 64, img_size=64),
-        of_timm("efficientformer_l1", 64),
+        of_timm("efficientformerv2_s0", 64, **sized),
         of_timm("poolformer_s12", 64),
         of_timm("pvt_v2_b0", 64),
         of_timm(
@@ -160,7 +172,7 @@ def of_transformers(
     """A model by the prefix of its classes, fed by one keyword argument."""
 
     def make() -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        package = import_module("transformers")
+        package = library("transformers")
         config = getattr(package, f"{family}Config")(**options)
         net = randomised(getattr(package, f"{family}{kind}")(config)).eval().double()
         more = dict(given or {})
@@ -270,7 +282,7 @@ def decoders() -> list[Model]:
             vocab_size=WORDS,
             use_cache=False,
         ),
-        decoder("Mixtral", **DECODER, **EXPERTS),
+        decoder("Mixtral", **DECODER, **EXPERTS, experts_implementation="eager"),
         decoder(
             "Mamba",
             hidden_size=16,
@@ -307,7 +319,7 @@ def heard() -> list[Model]:
     """Whisper's encoder, which takes a spectrogram."""
 
     def make() -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        package = import_module("transformers")
+        package = library("transformers")
         sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4}
         config = package.WhisperConfig(
             **sizes, encoder_ffn_dim=64, num_mel_bins=8, max_source_positions=8, vocab_size=WORDS,
