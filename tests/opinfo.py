@@ -45,6 +45,7 @@ class Effort:
     variants: tuple[str, ...]
 
 
+QUICK = Effort(1, 4, 0, ("plain", "in place"))
 COMPACT = Effort(2, 8, 350, ("plain", "in place", "gradient"))
 COMPLETE = Effort(20, 16, 0, ("plain", "first", "in place", "gradient", "complex"))
 # Jacobians of which one row is longer than this are left out.

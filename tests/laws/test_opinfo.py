@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("expecttest", reason="the database of ops needs it")
 
-from opinfo import COMPACT, COMPLETE, Finding, database, findings, name_of
+from opinfo import COMPACT, COMPLETE, QUICK, Finding, database, findings, name_of
 from opinfo_table import PAGE, line, lines_by_op, row
 from pushforward.structure.rules.registry import RULES, without_derivative
 
@@ -25,6 +25,13 @@ def op_named(name: str):
     return next(op for op in database() if name_of(op) == name)
 
 
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_entry_is_missed_on_the_first_sample(part: int):
+    for op in database()[part::PARTS]:
+        assert faults(list(findings(op, QUICK))) == {}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_entry_is_missed_and_the_page_says_how_tight_each_op_is(part: int):
     committed = lines_by_op()
