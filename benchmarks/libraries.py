@@ -1,9 +1,9 @@
-"""Small models of torchvision, timm and transformers, with random weights; nothing is downloaded."""
+"""Small models of torchvision, timm and transformers with random weights; nothing is downloaded."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -19,7 +19,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a library: what makes it and the point, and whether positions see earlier ones only."""
+    """What makes a model and its point, and whether positions are to see earlier ones only."""
 
     library: str
     name: str
@@ -55,20 +55,20 @@ def image(side: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, side, side)
 
 
-def of_torchvision(name: str, side: int, module: str = "models", **options: Any) -> Model:
+def of_torchvision(name: str, side: int, **options: Any) -> Model:
     def make() -> tuple[nn.Module, Tensor]:
-        builder = getattr(library(f"torchvision.{module}"), name)
+        builder = getattr(library("torchvision.models"), name)
         return builder(**{"num_classes": CLASSES, **options}), image(side)
 
     return Model("torchvision", name, make)
 
 
 def segmentation(name: str, side: int) -> Model:
-    """A pixel-wise classifier: three classes for each pixel of one image."""
+    """One logit for each pixel of one image."""
 
     def make() -> tuple[Callable[[Tensor], Tensor], Tensor]:
         builder = getattr(library("torchvision.models.segmentation"), name)
-        net = builder(weights=None, weights_backbone=None, num_classes=3).eval().double()
+        net = builder(weights=None, weights_backbone=None, num_classes=1).eval().double()
         return lambda x: net(x)["out"], image(side, 1)
 
     return Model("torchvision", name, make)
@@ -98,8 +98,7 @@ def torchvision_models() -> list[Model]:
         of_torchvision("convnext_tiny", 32),
         of_torchvision("VisionTransformer", 32, image_size=32, **VIT),
         of_torchvision("SwinTransformer", 32, window_size=[4, 4], **SWIN),
-        segmentation("lraspp_mobilenet_v3_large", 32),
-        segmentation("fcn_resnet50", 32),
+        segmentation("lraspp_mobilenet_v3_large", 16),
     ]
 
 
@@ -151,7 +150,7 @@ def timm_models() -> list[Model]:
 
 
 def randomised(net: nn.Module) -> nn.Module:
-    """Buffers and weights that start at zero or one would hide paths; a little noise shows them."""
+    """Weights that start at zero would hide paths; a little noise on all of them shows these."""
     generator = torch.Generator().manual_seed(0)
     for parameter in net.parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -161,12 +160,10 @@ def randomised(net: nn.Module) -> nn.Module:
 
 def of_transformers(
     family: str,
-    point: Tensor | None = None,
+    shape: Sequence[int] = (1, STEPS, WIDTH),
     feed: str = "inputs_embeds",
-    read: str = "last_hidden_state",
     causal: bool = False,
     kind: str = "Model",
-    given: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """A model by the prefix of its classes, fed by one keyword argument."""
@@ -175,75 +172,56 @@ def of_transformers(
         package = library("transformers")
         config = getattr(package, f"{family}Config")(**options)
         net = randomised(getattr(package, f"{family}{kind}")(config)).eval().double()
-        more = dict(given or {})
-        x = torch.randn(1, STEPS, WIDTH) if point is None else point
-        return lambda x: getattr(net(**{feed: x}, **more), read), x
+        return lambda x: net(**{feed: x}).last_hidden_state, torch.randn(*shape)
 
     return Model("transformers", f"{family}{kind}", make, causal)
 
 
-TEXT = {
+SIZES = {
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
-    "intermediate_size": 64,
-    "vocab_size": WORDS,
-    "max_position_embeddings": 32,
 }
+TEXT = {**SIZES, "intermediate_size": 64, "vocab_size": WORDS, "max_position_embeddings": 32}
 DECODER = {**TEXT, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 HEADED = {**DECODER, "head_dim": 8}
-PICTURE = {"image_size": 16, "patch_size": 8}
-SEEING = {k: v for k, v in TEXT.items() if k not in ("vocab_size", "max_position_embeddings")}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-GPT = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, "vocab_size": WORDS}
+SEEING = {**SIZES, "intermediate_size": 64, "image_size": 16, "patch_size": 8}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+GPT = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, **ENDS}
+SHORT = {"vocab_size": WORDS, "use_cache": False}
+SCANNED = {"hidden_size": WIDTH, "state_size": 4, "num_hidden_layers": 1, **SHORT, **ENDS}
 CONVOLVED = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
 SOUND = {**CONVOLVED, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+DISTILLED = {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 64}
+T5 = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": HEADS}
+DEBERTA = {"relative_attention": True, "pos_att_type": "p2c|c2p"}
+RESIDUAL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+MODERN = {"local_attention": 4, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, **ENDS}
 
 
 def encoders() -> list[Model]:
-    pictures = torch.randn(1, 3, 16, 16)
+    def seeing(family: str, **options: Any) -> Model:
+        return of_transformers(family, (1, 3, 16, 16), "pixel_values", **options)
+
     return [
         of_transformers("Bert", **TEXT),
         of_transformers("Roberta", **TEXT),
-        of_transformers(
-            "DistilBert", dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=WORDS
-        ),
-        of_transformers("Albert", embedding_size=32, **TEXT),
-        of_transformers("Electra", embedding_size=32, **TEXT),
-        of_transformers("DebertaV2", relative_attention=True, pos_att_type="p2c|c2p", **TEXT),
+        of_transformers("DistilBert", **DISTILLED, vocab_size=WORDS),
+        of_transformers("Albert", embedding_size=WIDTH, **TEXT),
+        of_transformers("Electra", embedding_size=WIDTH, **TEXT),
+        of_transformers("DebertaV2", **DEBERTA, **TEXT),
         of_transformers("MPNet", **TEXT),
-        of_transformers("ModernBert", local_attention=4, **TEXT, pad_token_id=0),
-        of_transformers("FNet", **{**TEXT, "num_attention_heads": HEADS}),
+        of_transformers("ModernBert", **MODERN, **TEXT),
+        of_transformers("FNet", **TEXT),
+        of_transformers("T5", kind="EncoderModel", **T5, vocab_size=WORDS),
+        seeing("ViT", **SEEING),
+        seeing("DeiT", **SEEING),
+        seeing("Dinov2", **SEEING),
+        seeing("CLIPVision", **SEEING),
+        seeing("ResNet", **RESIDUAL, layer_type="basic"),
         of_transformers(
-            "T5",
-            kind="EncoderModel",
-            d_model=32,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=WORDS,
-        ),
-        of_transformers("ViT", pictures, "pixel_values", **SEEING, **PICTURE),
-        of_transformers("DeiT", pictures, "pixel_values", **SEEING, **PICTURE),
-        of_transformers("Dinov2", pictures, "pixel_values", **SEEING, **PICTURE),
-        of_transformers("CLIPVision", pictures, "pixel_values", **SEEING, **PICTURE),
-        of_transformers(
-            "ResNet",
-            pictures,
-            "pixel_values",
-            embedding_size=8,
-            hidden_sizes=[8, 16],
-            depths=[1, 1],
-            layer_type="basic",
-        ),
-        of_transformers(
-            "Wav2Vec2",
-            torch.randn(1, 160),
-            "input_values",
-            **SEEING,
-            **SOUND,
-            num_feat_extract_layers=2,
+            "Wav2Vec2", (1, 160), "input_values", **SIZES, intermediate_size=64, **SOUND
         ),
     ]
 
@@ -252,66 +230,24 @@ def decoders() -> list[Model]:
     def decoder(family: str, **options: Any) -> Model:
         return of_transformers(family, causal=True, **options)
 
+    windows, steps = {"num_hidden_layers": 1, "sliding_window": 4}, (1, 16, WIDTH)
     return [
-        decoder("GPT2", **GPT, use_cache=False),
+        decoder("GPT2", **GPT, **SHORT),
         decoder("GPTNeoX", **TEXT, use_cache=False),
-        decoder(
-            "OPT",
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=64,
-            vocab_size=WORDS,
-            max_position_embeddings=32,
-            word_embed_proj_dim=32,
-            use_cache=False,
-        ),
-        decoder("Bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=WORDS, use_cache=False),
+        decoder("OPT", **SIZES, **SHORT, ffn_dim=64, word_embed_proj_dim=WIDTH),
+        decoder("Bloom", **SHORT, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS),
         decoder("Llama", **DECODER),
-        decoder("Mistral", **DECODER, sliding_window=4),
+        decoder("Mistral", shape=steps, **{**DECODER, **windows}),
         decoder("Qwen2", **DECODER),
         decoder("Qwen3", **HEADED),
         decoder("Gemma", **HEADED),
         decoder("Gemma2", **HEADED, sliding_window=4),
         decoder("Phi", **{**DECODER, "num_key_value_heads": HEADS}),
-        decoder(
-            "Falcon",
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=WORDS,
-            use_cache=False,
-        ),
-        decoder("Mixtral", **DECODER, **EXPERTS, experts_implementation="eager"),
-        decoder(
-            "Mamba",
-            hidden_size=16,
-            state_size=4,
-            num_hidden_layers=1,
-            vocab_size=WORDS,
-            use_cache=False,
-        ),
-        decoder(
-            "Mamba2",
-            hidden_size=16,
-            state_size=4,
-            num_heads=4,
-            head_dim=8,
-            n_groups=1,
-            num_hidden_layers=1,
-            vocab_size=WORDS,
-            chunk_size=4,
-            use_cache=False,
-        ),
-        decoder(
-            "Rwkv",
-            hidden_size=16,
-            attention_hidden_size=16,
-            num_hidden_layers=1,
-            vocab_size=WORDS,
-            context_length=32,
-            use_cache=False,
-        ),
+        decoder("Falcon", **SIZES, **SHORT),
+        decoder("Mixtral", **DECODER, **EXPERTS),
+        decoder("Mamba", **SCANNED),
+        decoder("Mamba2", **SCANNED, num_heads=8, head_dim=8, n_groups=1, chunk_size=4),
+        decoder("Rwkv", hidden_size=WIDTH, num_hidden_layers=LAYERS, context_length=32, **SHORT),
     ]
 
 

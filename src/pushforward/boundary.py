@@ -341,11 +341,17 @@ class Arguments:
             or x.layout is not torch.strided
         ):
             return None
-        return Arguments(args, 0, domain, args)
+        made = object.__new__(Arguments)  # at each evaluation: nothing is to be looked at later
+        made.__dict__.update(
+            args=args, argnums=0, domain=domain, leaves=args, others=(), context=()
+        )
+        return made
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors to differentiate with respect to."""
+        if len(self.domain.active) == len(self.leaves):
+            return list(self.leaves)
         return self.domain.select(self.leaves)
 
     def snapshot(self) -> Arguments:

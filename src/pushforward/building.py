@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,7 +223,7 @@ def _private(arguments: Arguments) -> Arguments:
 
 def real_inputs(arguments: Arguments) -> list[Tensor]:
     """The tensors to differentiate with respect to, as real ones."""
-    return [as_real(leaf) for leaf in arguments.domain.select(arguments.leaves)]
+    return [as_real(leaf) for leaf in arguments.tensors]
 
 
 def verify(mapping: Map, arguments: Arguments, recipe: Recipe, once: bool = False) -> str | None:
@@ -296,30 +295,6 @@ def _rounding(scale: Tensor) -> Tensor:
     """What rounding leaves where terms cancel, in the unit of the tolerance of `agree`."""
     whole = scale.nan_to_num(posinf=0.0, neginf=0.0).amax() if scale.numel() else scale.sum()
     return whole * (2e-7 if scale.dtype.itemsize == 8 else 1e-2)
-
-
-def evaluate(
-    mapping: Map,
-    arguments: Arguments,
-    recipe: Recipe,
-    linear: Linearization | None,
-    late: Callable[[Arguments], AbstractContextManager[None]],
-) -> Sequence[Tensor]:
-    """The entries at a point, differentiable where that is wanted.
-
-    ``late`` is entered where the map is recorded after the Jacobian was taken.
-
-    Raises:
-        Stale: a value that the program relies on is another one at this point.
-    """
-    if recipe.evaluation is None:
-        return entries(mapping, arguments, recipe, linear)
-
-    def make() -> Sequence[Tensor]:
-        with late(arguments):
-            return entries(mapping, arguments, recipe)
-
-    return recipe.evaluation.values(real_inputs(arguments), arguments.others, make)
 
 
 def planned(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,13 +110,14 @@ class Circumstances:
             (guarded or not self.at_point)
             and self.strides == strides_of(arguments)
             and self.state.holds(function, arguments.context)
-            and all(constant.holds() for constant in self.constants)
             and len(others) == len(self.arguments)
-            and all(
-                old is None or _same(old, new)
-                for old, new in zip(self.arguments, others, strict=True)
-            )
+            and (not self.constants or all([constant.holds() for constant in self.constants]))
+            and (not others or self._same_arguments(others))
         )
+
+    def _same_arguments(self, others: Sequence[Tensor]) -> bool:
+        pairs = zip(self.arguments, others, strict=True)
+        return all(old is None or _same(old, new) for old, new in pairs)
 
     def describe(self) -> str:
         """The guards in words, for the table of a plan."""
@@ -134,7 +135,12 @@ class Circumstances:
 
 def strides_of(arguments: Arguments) -> tuple[tuple[int, ...], ...]:
     """How the copies of the arguments that a function gets lie in memory."""
-    return tuple([_strides(t) for t in (*arguments.tensors, *arguments.others)])
+    tensors = [*arguments.tensors, *arguments.others]
+    return tuple([() if _is_plain(t) else _strides(t) for t in tensors])
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.is_contiguous()
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

@@ -34,6 +34,8 @@ class Evaluation:
 
     def versions(self) -> tuple[tuple[int, int], ...]:
         """How often each tensor from outside was written to, and where it lies; () if one went."""
+        if not self.program.externals:
+            return ()
         try:
             found = self.program.outside()
         except Stale:

@@ -348,7 +348,8 @@ class Jacobian(LinearOperator):
         compressed = self.plan.compressed
         if compressed is not None:
             values = self._planned()[0]
-            return in_layout(compressed, values if values.requires_grad else values.clone(), layout)
+            self._parts = None  # they are handed out, and may be written to
+            return in_layout(compressed, values, layout)
         sparse = self._coo()
         if layout == "coo":
             return sparse

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pushforward.boundary import Arguments, Layout
-from pushforward.building import Map, entries, evaluate
+from pushforward.building import Map, entries, real_inputs
 from pushforward.compressed import Compressed
 from pushforward.costs import Prediction, evaluation_ops, prediction
 from pushforward.errors import DifferentiationError
@@ -104,17 +104,17 @@ class Plan:
         """Where entries are computed."""
         return self.domain.device
 
-    @property
+    @cached_property
     def scheme(self) -> Compressed | Split | None:
         """How entries are found, where they are not simply rows or columns."""
         return self.recipe.candidate.scheme if self.entries_are_all else None
 
-    @property
+    @cached_property
     def compressed(self) -> Compressed | None:
         """The scheme, where it is a coloured pattern of all entries."""
         return self.recipe.candidate.compressed if self.entries_are_all else None
 
-    @property
+    @cached_property
     def entries_are_all(self) -> bool:
         """Whether the scheme finds every entry, and not the diagonal alone."""
         return self.strategy != "diagonal"
@@ -135,7 +135,7 @@ class Plan:
         evaluation = self.recipe.evaluation
         return () if evaluation is None else evaluation.versions()
 
-    @property
+    @cached_property
     def has_program(self) -> bool:
         """Whether all entries come from a flat program."""
         return self.recipe.evaluation is not None and self.entries_are_all
@@ -189,7 +189,16 @@ class Plan:
 
     def entries(self, arguments: Arguments, linear: Linearization | None) -> Sequence[Tensor]:
         """What the scheme gives at some arguments: values in order, or two factors."""
-        return evaluate(self.map, arguments, self.recipe, linear, self.late)
+        evaluation = self.recipe.evaluation
+        if evaluation is None:
+            return entries(self.map, arguments, self.recipe, linear)
+        made = partial(self._recorded_late, arguments)
+        return evaluation.values(real_inputs(arguments), arguments.others, made)
+
+    def _recorded_late(self, arguments: Arguments) -> Sequence[Tensor]:
+        """The entries with a graph, for a backward pass that comes after the values."""
+        with self.late(arguments):
+            return entries(self.map, arguments, self.recipe)
 
     @contextmanager
     def late(self, arguments: Arguments) -> Iterator[None]:

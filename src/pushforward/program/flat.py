@@ -68,7 +68,7 @@ class Program:
             Stale: one of them is gone.
         """
         found = [external() for external in self.externals]
-        if any(tensor is None for tensor in found):
+        if any([tensor is None for tensor in found]):
             raise Stale
         return cast(list[Tensor], found)
 
@@ -294,6 +294,9 @@ _DIRECT = frozenset(
         "where",
         "clone",
         "gather",
+        "constant_pad_nd",
+        "unbind",
+        "stack",
     ]
 )
 
