@@ -111,7 +111,7 @@ class Circumstances:
             and self.strides == strides_of(arguments)
             and self.state.holds(function, arguments.context)
             and len(others) == len(self.arguments)
-            and (not self.constants or all([constant.holds() for constant in self.constants]))
+            and (not self.constants or all(constant.holds() for constant in self.constants))
             and (not others or self._same_arguments(others))
         )
 

@@ -269,7 +269,7 @@ def _detached(leaves: Sequence[Any], codomain: Layout) -> Any:
 def inside_a_transform(tensors: Sequence[Tensor]) -> bool:
     """Whether some tensors are those of a transform of ``torch.func``: they hide what they hold."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any([wrapped(tensor) for tensor in tensors])
+    return any([wrapped(tensor) for tensor in tensors])  # noqa: C419 (at each evaluation)
 
 
 def nodes_behind(roots: Sequence[Node | None], stops: set[Any]) -> list[Node]:

@@ -68,7 +68,7 @@ class Program:
             Stale: one of them is gone.
         """
         found = [external() for external in self.externals]
-        if any([tensor is None for tensor in found]):
+        if any([tensor is None for tensor in found]):  # noqa: C419 (at each evaluation)
             raise Stale
         return cast(list[Tensor], found)
 
