@@ -273,6 +273,11 @@ def _nearby(arguments: Arguments) -> Arguments:
     return replace(arguments, leaves=tuple(moved(leaf) for leaf in arguments.leaves))
 
 
+def _strictness(recipe: Recipe) -> float:
+    """The tolerance in double precision; wider where something on the way is in single."""
+    return 1e-4 if "ToCopyBackward0" in recipe.ops else 1e-7
+
+
 def _differs(mapping: Map, arguments: Arguments, recipe: Recipe) -> bool:
     linear = Linearization(mapping.tape(arguments), recipe.batched)
     (u,) = random_vectors(linear.tape.codomain, 1)
@@ -281,14 +286,14 @@ def _differs(mapping: Map, arguments: Arguments, recipe: Recipe) -> bool:
         tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, split)
         through = pulled_through(_linear(tape, recipe), kept, split, u)
         expected = linear.pull(u)
-        return not agree(through, expected, expected.abs().amax(), strict=True)
+        return not agree(through, expected, expected.abs().amax(), double=_strictness(recipe))
     if recipe.candidate.compressed is not None and is_heavy(recipe):
         return not _rows_fit(linear, recipe.candidate.compressed)
     if recipe.candidate.strategy == "diagonal":
         return not _diagonal_agrees(mapping, arguments, recipe, linear)
     found, scale = _pulled(planned(mapping, arguments, recipe, linear), recipe, u[0])
     expected = linear.pull(u)[0]
-    return not agree(found, expected, scale + _rounding(scale), strict=True)
+    return not agree(found, expected, scale + _rounding(scale), double=_strictness(recipe))
 
 
 def _rounding(scale: Tensor) -> Tensor:

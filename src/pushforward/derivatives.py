@@ -16,7 +16,7 @@ from pushforward.jacobians import Jacobian
 from pushforward.memory import cached_plans, store_plan
 from pushforward.meter import Cost, measure
 from pushforward.passes import Linearization
-from pushforward.planning import Recipe, check_again, choose, due, plain_again
+from pushforward.planning import Recipe, as_views, check_again, choose, due, plain_again
 from pushforward.plans import Plan
 from pushforward.problems import Problem, check_memory, check_quantity
 from pushforward.recalling import settled
@@ -243,7 +243,7 @@ def _misfits(plan: Plan, tape: Tape) -> bool:
     return (
         plan.codomain.signature != tape.codomain.signature
         or plan.mode != tape.mode
-        or plan.recipe.ops != tape.census.ops
+        or as_views(plan.recipe.ops) != as_views(tape.census.ops)
     )
 
 

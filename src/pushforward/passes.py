@@ -62,13 +62,19 @@ class Linearization:
 
     def push(self, tangents: Tensor) -> Tensor:
         """``(k, [B,] n) -> (k, [B,] m)``: the products ``J v``."""
-        if self.prepare_push():
-            try:
-                return self._retrying(lambda: self._push(tangents))
-            except DifferentiationError:
-                refuse_stale(self.tape)
-                self.by_rows = True
-        return self._push_by_rows(tangents)
+        pushed = self.push_at_once(tangents)
+        return self._push_by_rows(tangents) if pushed is None else pushed
+
+    def push_at_once(self, tangents: Tensor) -> Tensor | None:
+        """The products ``J v``; None where they have to be made of rows."""
+        if not self.prepare_push():
+            return None
+        try:
+            return self._retrying(lambda: self._push(tangents))
+        except DifferentiationError:
+            refuse_stale(self.tape)
+            self.by_rows = True
+            return None
 
     def prepare_push(self) -> bool:
         """Make the graph of J^T u, once; False where J v is made of rows instead."""

@@ -116,6 +116,11 @@ def check_again(problem: Problem, recipe: Recipe) -> None:
         check_samples(problem)
 
 
+def as_views(ops: frozenset[str]) -> frozenset[str]:
+    """With the one name for a reshape that it has where a mode looks on."""
+    return frozenset(op.replace("ReshapeAlias", "View") for op in ops)
+
+
 def due(recipe: Recipe) -> bool:
     """Whether this use of a plan is one at which it is verified again."""
     use = next(recipe.uses)

@@ -22,7 +22,7 @@ from pushforward.circumstances import Circumstances, Guarded, strides_of
 from pushforward.errors import PlanError
 from pushforward.explaining import TAPED
 from pushforward.passes import Linearization
-from pushforward.planning import Recipe
+from pushforward.planning import Recipe, as_views
 from pushforward.plans import Plan
 from pushforward.problems import Problem
 from pushforward.saving import Conditions, digest
@@ -105,7 +105,7 @@ def _same_run(plan: Plan, tape: Tape, names: Sequence[str], conditions: Conditio
     return (
         plan.codomain.signature == tape.codomain.signature
         and plan.mode == tape.mode
-        and plan.recipe.ops == tape.census.ops
+        and as_views(plan.recipe.ops) == as_views(tape.census.ops)
         and all(number < len(names) and names[number] == op for number, op in conditions.steps)
     )
 

@@ -9,6 +9,7 @@ Nothing here keeps what it found alive: a plan that is remembered for a model do
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -251,6 +252,13 @@ class _Search:
     def _cached(self, found: functools.cached_property, place: int) -> None:
         self._attributes(found, place, "func")
 
+    def _context(self, found: Any, place: int) -> None:
+        """What a decorator makes anew at each call; once entered it has none of these."""
+        if hasattr(found, "func"):
+            self._attributes(found, place, "func", "args", "kwds")
+        else:
+            self._known = False
+
     def _module(self, module: nn.Module, place: int) -> None:
         if isinstance(module, torch.jit.ScriptModule):  # its parts are made anew at each look
             self._known = False
@@ -288,8 +296,9 @@ class _Search:
         self._object(mapping, place)
 
     def _items(self, mapping: Any, place: int, read: Reader) -> None:
-        for key, value in mapping.items():
-            self._find(place, lambda owner, key=key: read(owner)[key], value)
+        # Past what a class of mappings makes of a lookup, which may be something new each time.
+        for key, value in dict.items(mapping):
+            self._find(place, lambda owner, key=key: dict.__getitem__(read(owner), key), value)
 
     def _sequence(self, sequence: Any, place: int) -> None:
         self._find(place, len, len(sequence))
@@ -322,6 +331,7 @@ _OPENERS: tuple[tuple[Any, Callable[[_Search, Any, int], None]], ...] = (
     (property, _Search._property),
     ((staticmethod, classmethod, functools._lru_cache_wrapper), _Search._wrapper),
     (functools.cached_property, _Search._cached),
+    (contextlib._GeneratorContextManager, _Search._context),
     (types.CodeType, _Search._nothing),
 )
 
