@@ -162,7 +162,8 @@ def coloring_in_words(scheme: Compressed) -> str:
         by = coloring.kind
     elif coloring.kind in ("star", "acyclic", "diagonal"):
         by = f"{coloring.kind} colouring"
-    return f"by {by}: {coloring.passes} colours, no fewer than {coloring.lower_bound} will do"
+    colours = "colour" if coloring.passes == 1 else "colours"
+    return f"by {by}: {coloring.passes} {colours}, no fewer than {coloring.lower_bound} will do"
 
 
 def cuts_in_words(split: Split) -> list[str]:

@@ -65,6 +65,13 @@ def small_net() -> nn.Module:
     return module(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)))
 
 
+def written_into_zeros(x):
+    """Zeros of the shape of x are no constant once x is written into them."""
+    y = torch.zeros_like(x)
+    y[1:] = x[1:] ** 2
+    return y
+
+
 @dataclass(frozen=True)
 class Expected:
     """A map at a point, and the plan that it must get."""
@@ -106,6 +113,10 @@ CASES = {
     "permutation": Expected(lambda x: x.flip(0), randn(30), "constant", 0, 0, 30),
     "affine": Expected(lambda x: 3 * x.roll(2, 0) - x[:1] + 1, randn(7, 5), "constant", 0, 0, 65),
     "nothing": Expected(lambda x: x.detach() * 2, randn(5), "constant", 0, 0, 0),
+    "ones of its shape": Expected(
+        lambda x: 3 * torch.ones_like(x) * x + x.new_full((5,), 2.0), randn(5), "constant", 0, 0, 5
+    ),
+    "written into zeros": Expected(written_into_zeros, randn(5), "sparse", 0, 1, 4),
     "dense": Expected(lambda x: x.cumsum(0) ** 2, randn(20), "reverse", 0, 20, 210),
     "tall": Expected(lambda x: x[:, None] * x.sum() + x.sin(), randn(9), "forward", 9, 0, 729),
 }

@@ -23,6 +23,11 @@ READS_A_VALUE = (
 )
 # They write to running statistics without saying so in their schemas.
 _HIDDEN_WRITES = (aten.native_batch_norm, aten.cudnn_batch_norm, aten.miopen_batch_norm)
+# They ask a tensor for its shape alone.
+_FILLS = (
+    *(aten.zeros_like, aten.ones_like, aten.full_like),
+    *(aten.new_zeros, aten.new_ones, aten.new_full),
+)
 _REFUSED = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape)
 
 
@@ -160,6 +165,7 @@ class Recorder(TorchDispatchMode):
         reads = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Slot)]
         groups = self.recording.groups
         varies = any(groups[slot] in self._varying for slot in reads)
+        varies = varies and func.overloadpacket not in _FILLS
         if func in READS_A_VALUE:
             if varies:
                 self._add(Instruction(func, args, kwargs, (), frozenset(), result))

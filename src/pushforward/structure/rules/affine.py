@@ -13,6 +13,13 @@ from pushforward.structure.rules.movement import MOVES
 
 aten = torch.ops.aten
 
+# They ask a tensor for its shape alone.
+_FILLS = frozenset(
+    {
+        *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
+        *(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided),
+    }
+)
 # Affine in all of their arguments together.
 _SUMS = frozenset(
     {
@@ -41,7 +48,7 @@ _FIRST = frozenset({aten.div, aten.div_, aten.true_divide})
 def is_affine(func: Any, args: Any, depends: Callable[[Tensor], bool]) -> bool:
     """Whether the derivative of a call is the same for all values of what depends on the inputs."""
     packet = func.overloadpacket
-    if packet in _SUMS:
+    if packet in _SUMS or packet in _FILLS:
         return True
     tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
     factors = tensors[-2:] if packet in (aten.addmm, aten.addmv, aten.baddbmm) else tensors[:2]
