@@ -57,8 +57,9 @@ def to_html(report: Report) -> str:
 def _page(report: Report, with_images: bool) -> str:
     markup = require("markupsafe").Markup
     path = steps(report.measurement)
-    return _template().render(
+    return template("pushforward.report", "template.html.j2").render(
         report=report,
+        style=style(),
         keys=keys(report),
         # Matplotlib has escaped every text in its SVG.
         pictures=[(picture, markup(picture.svg)) for picture in pictures(report.measurement)],
@@ -69,12 +70,19 @@ def _page(report: Report, with_images: bool) -> str:
     )
 
 
-def _template() -> Any:
+def style() -> Any:
+    """The style sheet of all pages, as markup."""
+    sheet = resources.files("pushforward.report").joinpath("style.css")
+    return require("markupsafe").Markup(sheet.read_text(encoding="utf-8"))
+
+
+def template(package: str, name: str) -> Any:
+    """A template among the files of ``package``: everything is escaped, and names must exist."""
     jinja2 = require("jinja2")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_printable
     )
-    source = resources.files("pushforward.report").joinpath("template.html.j2")
+    source = resources.files(package).joinpath(name)
     return environment.from_string(source.read_text(encoding="utf-8"))
 
 
