@@ -135,7 +135,7 @@ def measure(
         MemoryBudgetError: where not even one sample fits in ``memory``.
     """
     spread = spread_of(data.x)
-    with evaluating(model), torch.no_grad(), _one_kind_of_error():
+    with evaluating(model), torch.no_grad(), one_kind_of_error():
         shape = jacobian_shape(model, data.x)
         chunk = chunk_size(shape, data.x, memory)
         tiles = list(_tiles(_Work(model, data, layers, seed, memory, chunk, spread), progress))
@@ -188,7 +188,7 @@ def chunk_size(shape: tuple[int, int], x: Tensor, memory: int | None) -> int:
 
 
 @contextmanager
-def _one_kind_of_error() -> Iterator[None]:
+def one_kind_of_error() -> Iterator[None]:
     """Errors that torch raises under way mean that this map cannot be differentiated."""
     try:
         yield
