@@ -55,10 +55,11 @@ ORDER = (
     "noise",
     "__init__",
     "report",
+    "reproduce",
     "cli",
 )
 RUN_TIME = {"torch", "numpy", "pushforward", *sys.stdlib_module_names}
-APPLICATIONS = {"report", "cli"}
+APPLICATIONS = {"report", "reproduce", "cli"}
 # composites names the ops that it replaces, whatever torch calls them.
 HOMES_OF_INTERNALS = {"tape", "purity", "composites"}
 # Modules of torch that carry an underscore and yet are the documented way to something.

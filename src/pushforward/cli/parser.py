@@ -1,15 +1,22 @@
 """The words of the command line."""
 
 import argparse
+import math
 import re
+import sys
 from collections.abc import Sequence
 
 from pushforward import __version__
+from pushforward.cli.check import complaint, run_check
 from pushforward.cli.explain import run_explain
+from pushforward.cli.gate import LIMITS
 from pushforward.cli.report import run_report
+from pushforward.cli.reproduce import run_reproduce
 from pushforward.problems import QUANTITIES
 from pushforward.report.data import FORMS as DATA_FORMS
 from pushforward.report.models import FORMS as MODEL_FORMS
+from pushforward.reproduce.data import FORMS as IMAGE_FORMS
+from pushforward.reproduce.papers import PAPERS
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -20,20 +27,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: with status 2 where the words make no sense, 0 after ``--help``.
     """
-    return _parser().parse_args(arguments)
+    return _parser().parse_args(_without_mnist(sys.argv[1:] if arguments is None else arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pushforward",
         description="What the Jacobian says about a model.",
-        epilog="Exit status: 0 done, 2 usage, 3 a model or data set that cannot be loaded, 4 a map "
+        epilog="Exit status: 0 done, 1 a gate failed, 2 usage, 3 a model or data set that cannot be loaded, 4 a map "
         "that cannot be differentiated, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"pushforward {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_report(commands)
     _add_explain(commands)
+    _add_reproduce(commands)
     return parser
 
 
@@ -49,18 +57,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     _add_model_options(parser)
     parser.add_argument("--data", metavar="DATA", help=DATA_FORMS)
     parser.add_argument("--out", metavar="DIR", default=".", help="folder to write to (default: .)")
-    parser.add_argument(
-        "--layers",
-        metavar="GLOB",
-        action="append",
-        help="modules to take as single steps, such as 'layer*' (default: every leaf; repeatable)",
-    )
-    parser.add_argument(
-        "--samples", metavar="N", type=positive, default=64, help="samples to take (default: 64)"
-    )
-    parser.add_argument(
-        "--memory", metavar="BYTES", type=byte_count, help="budget, such as 500M or 2GiB"
-    )
+    _add_sampling_options(parser)
     parser.add_argument(
         "--json", action="store_true", help="print the JSON on standard output, not the table"
     )
@@ -99,6 +96,90 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_explain)
 
 
+def _add_reproduce(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "reproduce",
+        help="measure papers' headline results beside the published ones",
+        description="Train small networks on real images as a paper does, and measure what it "
+        "claims. Writes DIR/PAPER.html for each paper: its figures, and a table of claims with the "
+        "published figure, the measured one, and whether the claim holds.",
+    )
+    parser.add_argument(
+        "papers",
+        nargs="*",
+        metavar="PAPER",
+        help=f"{', '.join(PAPERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--data", metavar="DATA", help=f"{IMAGE_FORMS} (default: what suits the paper)"
+    )
+    parser.add_argument(
+        "--seeds", metavar="N", type=positive, help="repetitions (default: the paper's, mostly 3)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few steps of training, to see that it runs; claims may fail then",
+    )
+    parser.add_argument("--out", metavar="DIR", default=".", help="folder to write to (default: .)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one object of JSON, not the tables"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run_reproduce)
+
+
+def _without_mnist(words: Sequence[str]) -> list[str]:
+    """``--data mnist PATH`` is ``--data PATH``: the name says what the path holds."""
+    kept = list(words)
+    if kept[:1] == ["reproduce"]:
+        for place in range(len(kept) - 2, 0, -1):
+            if kept[place - 1 : place + 1] == ["--data", "mnist"] and kept[place + 1][:1] != "-":
+                del kept[place]
+    return kept
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="a gate: compare a model's Jacobian with limits",
+        description="Measure the Jacobian of a model sample by sample and compare it with limits, "
+        "each on the worst sample. At least one limit is needed.",
+        epilog="Exit status: 0 all limits hold, 1 one of them does not, 2 usage, 3 a model or data "
+        "set that cannot be loaded, 4 a map that cannot be differentiated.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_FORMS)
+    for limit in LIMITS:
+        parser.add_argument(f"--{limit.name}", metavar="X", type=bound, help=limit.meaning)
+    _add_model_options(parser)
+    parser.add_argument("--data", metavar="DATA", help=DATA_FORMS)
+    parser.add_argument(
+        "--input",
+        metavar="SPEC",
+        help="in place of data: dtype and shape of a batch of standard normal numbers, such as "
+        "'f32[16,3,32,32]' (without either: what a first linear layer takes)",
+    )
+    _add_sampling_options(parser)
+    parser.add_argument("--junit", metavar="FILE", help="write JUnit XML, a test case per limit")
+    parser.add_argument("--json", action="store_true", help="print one object of JSON")
+    parser.set_defaults(run=run_check, refuse=parser.error)
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layers",
+        metavar="GLOB",
+        action="append",
+        help="modules to take as single steps, such as 'layer*' (default: every leaf; repeatable)",
+    )
+    parser.add_argument(
+        "--samples", metavar="N", type=positive, default=64, help="samples to take (default: 64)"
+    )
+    parser.add_argument(
+        "--memory", metavar="BYTES", type=byte_count, help="budget, such as 500M or 2GiB"
+    )
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="FILE", help=".safetensors to put into the model")
     parser.add_argument(
@@ -121,6 +202,17 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number of at least 0, small enough for a seed."""
     return _whole(text, 0)
+
+
+def bound(text: str) -> float:
+    """A limit: a finite number over 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number over 0, got {text!r}")
+    return value
 
 
 def _whole(text: str, least: int) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from pushforward import __version__
 from pushforward.cli.console import print_table, print_text, progress
+from pushforward.cli.output import output_folder
 from pushforward.errors import InputError
 from pushforward.report.data import FORMS, DataSet, held_out_digits, load_data
 from pushforward.report.embedded import embedded_model
@@ -41,7 +42,7 @@ def run_report(options: argparse.Namespace) -> int:
         raise InputError("--weights needs a MODEL to put them into, such as file.py:factory")
     for package in NEEDED:
         require(package)
-    folder = _folder(options.out)
+    folder = output_folder(options.out)
     # What the user's code prints must not end up between the lines of our JSON.
     with contextlib.redirect_stdout(sys.stderr):
         report = build(options)
@@ -53,19 +54,6 @@ def run_report(options: argparse.Namespace) -> int:
     else:
         summarise(report, folder / "report.html")
     return 0
-
-
-def _folder(out: str) -> Path:
-    """The folder to write to, made if need be, before anything is computed for it."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / ".pushforward-trial"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise InputError(f"--out must be a folder to write to, got {out}: {error}") from error
-    return folder
 
 
 def build(options: argparse.Namespace) -> Report:

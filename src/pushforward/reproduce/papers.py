@@ -1,0 +1,28 @@
+"""The papers by the names that the command line knows them by."""
+
+import difflib
+from collections.abc import Sequence
+
+from pushforward.errors import InputError
+from pushforward.reproduce.paper import Paper
+
+_ALL: tuple[Paper, ...] = ()
+PAPERS: dict[str, Paper] = {paper.name: paper for paper in _ALL}
+
+
+def papers_named(names: Sequence[str]) -> tuple[Paper, ...]:
+    """The papers in the order asked for, each once; all of them where none is named.
+
+    Raises:
+        InputError: where there is no paper of a name.
+    """
+    for name in names:
+        if name not in PAPERS:
+            raise InputError(_unknown(name))
+    return tuple(PAPERS[name] for name in dict.fromkeys(names or PAPERS))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, PAPERS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"PAPER must be one of {', '.join(PAPERS)}; got {name!r}{hint}"
