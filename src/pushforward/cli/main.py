@@ -1,6 +1,7 @@
 """The way from a command line to an exit status.
 
 0    done
+1    a gate failed
 2    usage
 3    a model or a data set that cannot be loaded
 4    a map that cannot be differentiated

@@ -27,20 +27,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: with status 2 where the words make no sense, 0 after ``--help``.
     """
-    return _parser().parse_args(_without_mnist(sys.argv[1:] if arguments is None else arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(_without_mnist(words))
+    if options.run is run_check and (wrong := complaint(options)) is not None:
+        options.refuse(wrong)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pushforward",
         description="What the Jacobian says about a model.",
-        epilog="Exit status: 0 done, 1 a gate failed, 2 usage, 3 a model or data set that cannot be loaded, 4 a map "
-        "that cannot be differentiated, 130 interrupted.",
+        epilog="Exit status: 0 done, 1 a gate failed, 2 usage, 3 a model or data set that cannot "
+        "be loaded, 4 a map that cannot be differentiated, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"pushforward {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_report(commands)
     _add_explain(commands)
+    _add_check(commands)
     _add_reproduce(commands)
     return parser
 
