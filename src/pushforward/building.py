@@ -24,7 +24,7 @@ from pushforward.tape import Tape, inside_a_transform, record, record_gradient
 # A call of an op takes about as long as so many operations.
 _CALL = 20_000.0
 # An evaluation of more work than this goes through the tape, and is verified on rows alone.
-_HEAVY = 2e9
+_HEAVY = 5e8
 # How many rows are compared with the pattern there.
 _ROWS = 8
 # A program that takes more work than this is not made a second time in another way.
@@ -85,7 +85,7 @@ def build(
     mapping: Map, arguments: Arguments, recipe: Recipe, memory: int | None, compiled: bool = False
 ) -> Recipe:
     """Record the program of a recipe, where it can have one, and compile it if that is wanted."""
-    reason = _why_no_program(arguments, recipe, memory)
+    reason = _why_no_program(arguments, recipe, memory, compiled)
     if reason is None:
         try:
             made = _with_program(mapping, arguments, recipe)
@@ -148,7 +148,9 @@ def _settled(candidate: Candidate, made: Program) -> Candidate:
     return replace(candidate, jvps=0, vjps=0)
 
 
-def _why_no_program(arguments: Arguments, recipe: Recipe, memory: int | None) -> str | None:
+def _why_no_program(
+    arguments: Arguments, recipe: Recipe, memory: int | None, compiled: bool
+) -> str | None:
     _candidate, passes = recipe.candidate, recipe.candidate.passes
     if recipe.structure.guards.elsewhere:
         return "values go where they cannot be compared"
@@ -156,7 +158,7 @@ def _why_no_program(arguments: Arguments, recipe: Recipe, memory: int | None) ->
         return "what the function reads cannot be told in full"
     if memory is not None:
         return "a memory budget is kept to chunk by chunk"
-    if is_heavy(recipe):
+    if is_heavy(recipe) and not compiled:
         return "a pass is work enough, whatever calls it"
     if recipe.chunk < passes:
         return f"{passes} passes go {recipe.chunk} at a time"
@@ -282,12 +284,13 @@ def _differs(mapping: Map, arguments: Arguments, recipe: Recipe) -> bool:
     linear = Linearization(mapping.tape(arguments), recipe.batched)
     (u,) = random_vectors(linear.tape.codomain, 1)
     split = recipe.candidate.split
-    if split is not None and is_heavy(recipe):
+    through_tape = recipe.evaluation is None and is_heavy(recipe)
+    if split is not None and through_tape:
         tape, kept = record_with_taps(mapping.function, arguments, mapping.batch_dim, split)
         through = pulled_through(_linear(tape, recipe), kept, split, u)
         expected = linear.pull(u)
         return not agree(through, expected, expected.abs().amax(), double=_strictness(recipe))
-    if recipe.candidate.compressed is not None and is_heavy(recipe):
+    if recipe.candidate.compressed is not None and through_tape:
         return not _rows_fit(linear, recipe.candidate.compressed)
     if recipe.candidate.strategy == "diagonal":
         return not _diagonal_agrees(mapping, arguments, recipe, linear)

@@ -289,7 +289,7 @@ def _check_arrays(pattern: Pattern) -> None:
         raise InputError(
             f"indices expects columns in [0, {n}), got {indices.min()} to {indices.max()}"
         )
-    steps_back = np.count_nonzero(np.diff(indices) <= 0)
+    steps_back = np.count_nonzero(indices[1:] <= indices[:-1])
     starts = indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(indices)) & (lengths[1:] > 0)]
     if steps_back != np.count_nonzero(indices[starts] <= indices[starts - 1]):
         raise InputError(

@@ -181,7 +181,9 @@ def _meet_all(pattern: Pattern) -> bool:
 
 def _columns_met(pattern: Pattern, column: int) -> np.ndarray:
     """The columns of all rows that a column has an entry in."""
-    rows = pattern.T.indices[pattern.T.indptr[column] : pattern.T.indptr[column + 1]]
+    # A look through all entries costs far less than the transpose, which may never be wanted.
+    entries = np.flatnonzero(pattern.indices == column)
+    rows = np.searchsorted(pattern.indptr, entries, side="right") - 1
     ends = pattern.indptr[rows + 1]
     return np.concatenate(
         [pattern.indices[a:b] for a, b in zip(pattern.indptr[rows], ends, strict=True)]

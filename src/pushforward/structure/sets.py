@@ -9,6 +9,8 @@ Small sets are kept as sorted lists; from where lists grow long, new sets are ke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pushforward.errors import PushforwardError
@@ -19,6 +21,8 @@ EMPTY, VARIES, FIRST = 0, 1, 2
 _LIST_MEMBERS = 96
 # Sets are merged this many words at a time, which bounds what a merge allocates.
 _MERGE_WORDS = 1 << 21
+# Lists are worked on this many members at a time.
+_BLOCK = 1 << 16
 # So many sets are merged at once; more go in rounds, which share their halves.
 _AT_ONCE = 64
 # Up to this many new sets are looked up among the old ones; more are rarely there.
@@ -250,6 +254,12 @@ def _set_bits(bits: np.ndarray, rows: np.ndarray, lengths: np.ndarray, entries: 
     np.bitwise_or.at(flat, owners * bits.shape[1] + words, np.uint64(1) << places)
 
 
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    """Cut rows into blocks that stay in the cache, and in memory that is used again."""
+    step = max(1, _BLOCK // max(width, 1))
+    return (slice(first, first + step) for first in range(0, rows, step))
+
+
 class _Lists:
     """Sets as sorted lists, one after the other."""
 
@@ -275,17 +285,29 @@ class _Lists:
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """The entries of some rows, one after the other."""
         lengths = self.lengths[rows]
-        shift = np.repeat(self._starts[rows] - (np.cumsum(lengths) - lengths), lengths)
-        return self._entries[shift + np.arange(len(shift))]
+        ends = np.cumsum(lengths)
+        found = np.empty(int(ends[-1]) if len(ends) else 0, self._entries.dtype)
+        for part in _blocks(len(rows), int(lengths.max(initial=0))):
+            mine, stop = lengths[part], ends[part]
+            first = stop[0] - mine[0]
+            shift = np.repeat(self._starts[rows[part]] - (stop - mine), mine)
+            found[first : stop[-1]] = self._entries[shift + np.arange(first, stop[-1])]
+        return found
 
     def merged(self, rows: np.ndarray) -> _Lists:
         """The unions of rows (P, K), negative where there is none."""
+        width = int(self.lengths[np.maximum(rows, 0)].max(initial=0)) * rows.shape[1]
+        parts = [self._merged(rows[part]) for part in _blocks(len(rows), width)]
+        sizes = np.concatenate([np.zeros(1, np.int64), *(size for size, _ in parts)])
+        entries = [entries for _, entries in parts] or [self._entries[:0]]
+        return _Lists(np.cumsum(sizes), np.concatenate(entries), self._count)
+
+    def _merged(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         padded = np.concatenate([self._padded(column) for column in rows.T], axis=1)
         padded.sort(axis=1)
         kept = padded < self._count
         kept[:, 1:] &= padded[:, 1:] != padded[:, :-1]
-        starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
-        return _Lists(starts, padded[kept], self._count)
+        return kept.sum(1), padded[kept]
 
     def _padded(self, rows: np.ndarray) -> np.ndarray:
         """The entries of rows side by side, filled up with a number past all variables."""
