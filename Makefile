@@ -23,8 +23,8 @@ docs: $(READY)  ## build the documentation, warnings are errors
 
 benchmarks: $(READY)  ## time the library against its peers
 	$(BIN)/python benchmarks/exact.py
-	$(BIN)/python benchmarks/structure.py
-	$(BIN)/python benchmarks/structure.py --planning
+	$(BIN)/python benchmarks/exact.py --planning
+	$(BIN)/python benchmarks/dense.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
