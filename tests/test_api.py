@@ -39,6 +39,7 @@ PUBLIC = {
     "noise_response",
     "path_bound",
     "plan",
+    "regularizers",
     "value_and_logabsdet",
 }
 

@@ -53,6 +53,7 @@ ORDER = (
     "differential",
     "loading",
     "noise",
+    "regularizers",
     "__init__",
     "report",
     "reproduce",

@@ -3,7 +3,7 @@
 Exact where it can be, cheap because it chooses its passes, honest where it estimates.
 """
 
-from pushforward import autograd, errors, linalg
+from pushforward import autograd, errors, linalg, regularizers
 from pushforward.density import AutoTransform, Pushforward, logdetcheck, value_and_logabsdet
 from pushforward.derivatives import hessian, jacobian, plan
 from pushforward.differential import divergence, laplacian
@@ -43,5 +43,6 @@ __all__ = [
     "noise_response",
     "path_bound",
     "plan",
+    "regularizers",
     "value_and_logabsdet",
 ]

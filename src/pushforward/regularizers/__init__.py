@@ -1,0 +1,15 @@
+"""Penalties and noise for training: each is one line in a training loop, on any model."""
+
+from pushforward.regularizers.contractive import ContractivePenalty
+from pushforward.regularizers.jacobian import JacobianPenalty
+from pushforward.regularizers.noise import GaussianNoise
+from pushforward.regularizers.noise_penalty import NoisePenalty
+from pushforward.regularizers.tied import TiedAutoencoder
+
+__all__ = [
+    "ContractivePenalty",
+    "GaussianNoise",
+    "JacobianPenalty",
+    "NoisePenalty",
+    "TiedAutoencoder",
+]

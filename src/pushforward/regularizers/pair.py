@@ -1,0 +1,235 @@
+"""An output and the input that it was computed from: given as such, or made by a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pushforward.boundary import Arguments
+from pushforward.checks import agree
+from pushforward.composites import UNFIT
+from pushforward.errors import (
+    CouplingError,
+    DifferentiationError,
+    GraphError,
+    InputError,
+    ShapeError,
+)
+from pushforward.passes import gradients_of
+from pushforward.purity import RandomState
+from pushforward.regularizers.graph import Affine, Between, Convolution, first_layer
+from pushforward.tape import explained, op_name, record
+
+# Kernels without a second derivative, by what their nodes are called.
+_FUSED_ATTENTION = ("FlashAttention", "EfficientAttention", "CudnnAttention")
+_COMPILED = "CompiledFunctionBackward"
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """``y``, ``(B, *out)``, with the graph that leads to it from ``x``, ``(B, *in)``.
+
+    Attributes:
+        norms: names of batch-norm layers that take the mean of the batch, where they are known.
+    """
+
+    x: Tensor
+    y: Tensor
+    between: Between
+    norms: tuple[str, ...] = ()
+
+    @staticmethod
+    def given(x: Tensor, y: Any) -> Pair:
+        """A pair that somebody made; its graph is there, or it is an error."""
+        _check_input(x)
+        _check_output(y, len(x))
+        _check_graph(x, y)
+        pair = Pair(x, y, Between.of(y, x))
+        if not pair.between.connects:
+            raise GraphError(
+                "expected y to be computed from x, but no graph leads from one to the other; "
+                "compute y from this very x, not from a copy or a slice taken before"
+            )
+        _refuse_unfit(pair.between)
+        return pair
+
+    @staticmethod
+    def made(model: Callable[[Tensor], Any], x: Any, state: RandomState, named: Any = None) -> Pair:
+        """Evaluate a model; nothing of it stays visible. ``named`` has the names of layers."""
+        _check_model(model)
+        _check_input(x)
+        tape = record(model, Arguments.of((x,), 0, 0), 0, state)
+        _check_output(tape.value, len(x))
+        y = tape.outputs[0]
+        norms = _coupling_norms(model if named is None else named, tape.loan.modules)
+        return Pair(tape.inputs[0], y, Between.of(y, tape.inputs[0]), norms)
+
+    @property
+    def batch(self) -> int:
+        return len(self.y)
+
+    @property
+    def outputs(self) -> int:
+        return self.y[0].numel()
+
+    @cached_property
+    def first(self) -> Affine | Convolution | None:
+        """The layer that x goes into first, where that is linear."""
+        return first_layer(self.between, self.batch)
+
+    def of_probabilities(self) -> Pair:
+        """The same with softmax over dimension 1 behind it."""
+        if self.y.dim() < 2:
+            raise ShapeError(
+                'of="probabilities" expects logits (B, classes, ...), got shape '
+                f'{tuple(self.y.shape)}; take of="logits" for one number per sample'
+            )
+        with torch.enable_grad():
+            y = self.y.softmax(dim=1)
+        return Pair(self.x, y, self.between, self.norms)
+
+    def pull(self, cotangents: Tensor, graph: bool | None = None) -> Tensor:
+        """u^T dy/dx for ``(k, B, C)`` cotangents, ``(k, *x)``; with a graph if gradients are on."""
+        return self.pull_to([self.x], cotangents, graph)[0]
+
+    def pull_to(
+        self, places: Sequence[Any], cotangents: Tensor, graph: bool | None = None
+    ) -> list[Tensor]:
+        """The same for places on the way, tensors or edges."""
+        create = torch.is_grad_enabled() if graph is None else graph
+        seeds = cotangents.reshape(-1, *self.y.shape)
+        try:
+            if len(seeds) > 1:
+                return gradients_of((self.y,), places, [seeds], len(seeds), create, True)[0]
+            found = torch.autograd.grad(
+                self.y, places, seeds[0], retain_graph=True, create_graph=create
+            )
+        except RuntimeError as error:
+            raise explained(error) from error
+        return [gradient.unsqueeze(0) for gradient in found]
+
+    def refuse_coupled(self) -> None:
+        """Raise where samples influence each other."""
+        generator = torch.Generator().manual_seed(0)
+        cotangent = torch.randn(1, self.batch, self.outputs, generator=generator)
+        cotangent = cotangent.to(self.y.device, self.y.dtype)
+        self.refuse_other_than(self.pull(cotangent, graph=False), self.x, cotangent)
+
+    def refuse_other_than(self, rows: Tensor, place: Any, cotangents: Tensor) -> None:
+        """Raise unless ``rows``, to which cotangents ``(k, B, C)`` were pulled, scale with them
+        sample by sample."""
+        if self.batch < 2:
+            return
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.rand(len(rows) + self.batch, generator=generator) + 0.5
+        # One weight for each sample tells any two apart; one for each row keeps rows apart.
+        weights = torch.outer(weights[: len(rows)], weights[len(rows) :]).to(
+            rows.device, rows.dtype
+        )
+        with torch.no_grad():
+            mixed = (weights.unsqueeze(-1) * cotangents).sum(0, keepdim=True)
+            came = self.pull_to([place], mixed, graph=False)[0].reshape(self.batch, -1)
+            parts = rows.detach().reshape(len(rows), self.batch, -1)
+            expected = torch.einsum("kb,kbn->bn", weights, parts)
+            scale = torch.einsum("kb,kbn->bn", weights, parts.abs()).amax()
+        if not agree(came, expected, scale, double=1e-9):
+            raise CouplingError(self.coupling_message())
+
+    def coupling_message(self) -> str:
+        """Say which layers let samples influence each other, and what to do."""
+        if self.norms:
+            culprit, advice = f"batch norm in training mode ({', '.join(self.norms)})", True
+        else:
+            ops = sorted({op_name(name) for name in self.between.names.values() if "Norm" in name})
+            culprit, advice = (" or ".join(ops) if ops else "an op"), bool(ops)
+        return (
+            "an exact Jacobian per sample expects independent samples, but they influence each "
+            f"other through {culprit}; "
+            + ("call .eval() on these layers, or " if advice else "")
+            + "take random projections, which penalise the Jacobian of the whole batch"
+        )
+
+
+def _check_model(model: Any) -> None:
+    if not callable(model):
+        raise InputError(
+            "expected penalty(x, y) with tensors, or penalty(model, x) with a callable, got "
+            f"{type(model).__name__} first"
+        )
+
+
+def _check_input(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(
+            f"expected the input x to be one tensor, got {type(x).__name__}; wrap the model so "
+            "that it takes one"
+        )
+    if not x.is_floating_point():
+        raise InputError(f"expected a real floating-point x, got {x.dtype}; convert it")
+    if x.dim() == 0 or len(x) == 0:
+        raise ShapeError(
+            f"expected a batch (B, *in) of at least one sample, got shape {tuple(x.shape)}"
+        )
+
+
+def _check_output(y: Any, batch: int) -> None:
+    if not isinstance(y, Tensor):
+        raise InputError(
+            f"expected one output tensor, got a {type(y).__name__}; penalise one of its tensors, "
+            "as in penalty(lambda x: model(x)[0], x)"
+        )
+    if not y.is_floating_point():
+        raise InputError(f"expected a real floating-point output, got {y.dtype}")
+    if y.dim() == 0 or len(y) != batch:
+        raise ShapeError(
+            f"expected an output with the batch of the input, {batch}, as dimension 0, got shape "
+            f"{tuple(y.shape)}"
+        )
+    if y.numel() == 0:
+        raise ShapeError(f"expected at least one output, got shape {tuple(y.shape)}")
+
+
+def _check_graph(x: Tensor, y: Tensor) -> None:
+    if not x.requires_grad:
+        raise GraphError(
+            "expected x to require gradients, but it does not; call x.requires_grad_() before "
+            "computing y from it, or give the model: penalty(model, x)"
+        )
+    if not y.requires_grad:
+        raise GraphError(
+            "expected y to have a graph that leads to x, but it has none; compute it with "
+            "gradients enabled and without detach(), or give the model: penalty(model, x)"
+        )
+
+
+def _refuse_unfit(between: Between) -> None:
+    """Raise where an op on the way has no second derivative, or a wrong one."""
+    met = sorted(
+        {
+            op_name(name)
+            for name in between.names.values()
+            if name in UNFIT or any(part in name for part in (*_FUSED_ATTENTION, _COMPILED))
+        }
+    )
+    if met:
+        raise DifferentiationError(
+            f"expected ops that can be differentiated twice, got {', '.join(met)} between x and "
+            "y; give the model instead, penalty(model, x): there they are replaced"
+        )
+
+
+def _coupling_norms(model: Any, ran: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Names of the batch-norm layers that take the statistics of the batch."""
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    names = {module: name or type(module).__name__ for name, module in named}
+    kind = nn.modules.batchnorm._BatchNorm
+    return tuple(
+        names.get(module, type(module).__name__)
+        for module in ran
+        if isinstance(module, kind) and (module.training or module.running_mean is None)
+    )
