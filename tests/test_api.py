@@ -40,6 +40,7 @@ PUBLIC = {
     "path_bound",
     "plan",
     "regularizers",
+    "sensitivity",
     "value_and_logabsdet",
 }
 
@@ -66,6 +67,12 @@ SIGNATURES: dict[str, str] = {
     "Pushforward": "base, f, inverse=None",
     "logdetcheck": "transform, x",
     "noise_response": "f, x, sigma, samples=None, batch_dim=None, seed=None",
+    "sensitivity.jacobian_norm": 'model, x, of="probabilities"',
+    "sensitivity.linear_regions": "model, path",
+    "sensitivity.great_circle": "a, b, c, steps",
+    "sensitivity.margin": "model, x, y=None",
+    "sensitivity.effective_dimension": 'model, x, of="logits"',
+    "sensitivity.decision_map": "model, a, b, c, resolution=100",
     "path_bound": "model, x, batch_dim=0, layers=None, rungs=*",
     "Jacobian.dense": "self",
     "Jacobian.matrix": "self",

@@ -54,6 +54,7 @@ ORDER = (
     "loading",
     "noise",
     "regularizers",
+    "sensitivity",
     "__init__",
     "report",
     "reproduce",

@@ -3,7 +3,7 @@
 Exact where it can be, cheap because it chooses its passes, honest where it estimates.
 """
 
-from pushforward import autograd, errors, linalg, regularizers
+from pushforward import autograd, errors, linalg, regularizers, sensitivity
 from pushforward.density import AutoTransform, Pushforward, logdetcheck, value_and_logabsdet
 from pushforward.derivatives import hessian, jacobian, plan
 from pushforward.differential import divergence, laplacian
@@ -44,5 +44,6 @@ __all__ = [
     "path_bound",
     "plan",
     "regularizers",
+    "sensitivity",
     "value_and_logabsdet",
 ]
