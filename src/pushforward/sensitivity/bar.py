@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TextIO
 
 WIDTH = 30
@@ -25,7 +25,7 @@ def progress_bar(title: str, wanted: bool | None) -> Iterator[Advance]:
     if wanted is False or (wanted is None and not _is_watched(sys.stderr)):
         yield lambda done, total: None
         return
-    bar = _Bar(title, sys.stderr, shown_from=0.0 if wanted else PATIENCE)
+    bar = _Bar(title, sys.stderr, 0.0 if wanted else PATIENCE, time.monotonic())
     try:
         yield bar.advance
     finally:
@@ -43,7 +43,7 @@ class _Bar:
     title: str
     stream: TextIO
     shown_from: float
-    started: float = field(default_factory=time.monotonic)
+    started: float
     last: float | None = None
 
     def advance(self, done: int, total: int) -> None:
