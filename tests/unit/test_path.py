@@ -13,10 +13,10 @@ from pushforward.errors import (
     CouplingError,
     DifferentiationError,
     InputError,
-    NotAvailableError,
     ShapeError,
 )
 from pushforward.path import path_bound
+from pushforward.path.bound import RUNGS
 
 F = nn.functional
 
@@ -294,10 +294,13 @@ def test_gains_add_up_and_norms_bound(name):
     torch.testing.assert_close(norms.sum(0), path.rungs["frobenius"], atol=1e-10, rtol=0)
     for place, row in enumerate(path.layers):
         torch.testing.assert_close(row.log_bound_so_far, norms[place:].sum(0))
-    assert (path.rungs["frobenius"] >= path.log_norm).all()
-    assert path.certified == {"frobenius": True}
+    assert list(path.rungs) == ["frobenius", "mixed", "spectral", "segments"]
+    assert all((bound >= path.log_norm).all() for bound in path.rungs.values())
+    assert path.certified == dict.fromkeys(path.rungs, True)
+    assert path.labels == dict.fromkeys(path.rungs, "certified")
     assert path.seed is None
-    assert all(row.exact and row.log_spectral is None for row in path.layers)
+    assert all(row.exact and row.spectral_label == "certified" for row in path.layers)
+    assert all((row.log_spectral <= row.log_fro).all() for row in path.layers)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -648,12 +651,22 @@ def test_layers_that_match_nothing():
 
 def test_rungs_by_name():
     model, x, _ = built("mlp")
-    assert set(path_bound(model, x, rungs="frobenius").rungs) == {"frobenius"}
-    for name in ("mixed", "spectral", "segments"):
-        with pytest.raises(NotAvailableError, match=f"rung '{name}'; available: frobenius"):
-            path_bound(model, x, rungs=("frobenius", name))
-    with pytest.raises(InputError, match="rungs expects names among frobenius, got 'nuclear'"):
+    everything = path_bound(model, x, rungs=(*RUNGS, "sampled"), seed=0)
+    for name in everything.rungs:
+        path = path_bound(model, x, rungs=name, seed=0)
+        assert set(path.rungs) == set(path.certified) == set(path.labels) == {name}
+        torch.testing.assert_close(path.rungs[name], everything.rungs[name])
+    twice = path_bound(model, x, rungs=["spectral", "frobenius", "spectral"])
+    assert list(twice.rungs) == ["spectral", "frobenius"]
+    with pytest.raises(InputError, match=r"names among frobenius, mixed, .* got 'nuclear'"):
         path_bound(model, x, rungs=["nuclear"])
+
+
+def test_the_frobenius_rung_alone_needs_no_spectral_norms():
+    model, x, _ = built("mlp")
+    path = path_bound(model, x, rungs="frobenius")
+    assert all(row.log_spectral is None and row.spectral_label is None for row in path.layers)
+    assert path.passes < path_bound(model, x).passes
 
 
 def test_gains_alone():
@@ -676,7 +689,9 @@ def test_steps_beyond_the_budget_are_estimated_and_say_so():
     model, x, _ = built("residual")
     exact = path_bound(model, x)
     path = path_bound(model, x, exact_passes=2, seed=3)
-    assert path.certified == {"frobenius": False}
+    assert path.certified == {name: name != "frobenius" for name in path.rungs}
+    assert path.labels["frobenius"] == "estimate"
+    assert all((path.rungs[name] >= path.log_norm).all() for name in ("mixed", "spectral"))
     assert path.seed == 3
     assert [row.exact for row in path.layers] == [True, False, True, True]
     assert "estimate from 64 random cotangents in 1; raise exact_passes=" in path.notes[0]

@@ -70,10 +70,10 @@ def test_json_is_strict_and_holds_samples_and_means(path):
     assert data["log_norm"]["per_sample"] == path.log_norm.tolist()
     assert data["log_norm"]["mean"] == pytest.approx(path.log_norm.mean().item())
     assert data["rungs"]["frobenius"]["per_sample"] == path.rungs["frobenius"].tolist()
-    assert data["certified"] == {"frobenius": True}
+    assert data["certified"] == dict.fromkeys(path.rungs, True)
     row = data["layers"][1]
     assert row["log_gain"]["per_sample"] == path.layers[1].log_gain.tolist()
-    assert row["log_spectral"] is None
+    assert row["log_spectral"]["per_sample"] == path.layers[1].log_spectral.tolist()
     assert row["exact"] is True
 
 

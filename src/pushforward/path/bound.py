@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pushforward.boundary import Arguments
-from pushforward.errors import InputError, NotAvailableError, ShapeError
-from pushforward.path import show
+from pushforward.errors import InputError, ShapeError
+from pushforward.path import assembling, show
+from pushforward.path.assembling import Gains, Measured
 from pushforward.path.cuts import cuts
+from pushforward.path.dense import exact_norms, fits, width
 from pushforward.path.findings import Findings, Layer
-from pushforward.path.gains import gains, log_sensitivities, refuse_infinite
-from pushforward.path.norms import PROBES, StepNorm, log_norm
+from pushforward.path.gains import gains, refuse_infinite, sensitivities
+from pushforward.path.groups import exact_groups
+from pushforward.path.norms import CERTIFIED, Spending, StepNorm, step_norm
 from pushforward.path.pull import Passes
 from pushforward.path.record import Call, Crossing, recorded_calls
 from pushforward.path.samples import separable
+from pushforward.path.sampling import checked_probes, estimated, log_sampled
 from pushforward.path.steps import Step, borders, checked_layers, matches, steps_between
 from pushforward.tape import Tape, record
 
-RUNGS = ("frobenius",)
-PLANNED_RUNGS = ("mixed", "spectral", "segments")
+RUNGS = ("frobenius", "mixed", "spectral", "segments")
 EXACT_PASSES = 2048
-ROUNDING = 1e-3  # nats; what float32 can do to a norm, and float16 hardly
+SEGMENT_PASSES = 4096
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -34,10 +37,15 @@ class PathBound(Findings):
     """What `path_bound` returns; tensors are ``(B,)``, or ``()`` without a batch, in nats.
 
     Attributes:
-        log_norm: log ||J||_F of the whole map, exact.
-        rungs: the bounds on it by name; each is at least ``log_norm`` where it is certified.
+        log_norm: log ||J||_F of the whole map, exact; an estimate with ``probes=``.
+        log_spectral_norm: log ||J||_2 of the whole map, exact; None where there are too many
+            outputs and inputs for it, and with ``probes=``.
+        rungs: the bounds on ``log_norm`` by name; each is at least that where it is certified.
         layers: one `Layer` per step, first step first.
         certified: by rung, whether it is a bound or an estimate of one.
+        labels: by rung, the same in words: "certified", "holds with probability ...", "estimate",
+            or "lower bound".
+        interval: ends of a 95 % interval for ``log_norm``; None where it is exact.
         notes: what was merged, and what was estimated.
         passes: backward passes that were made.
         seed: of the random cotangents; None where nothing was estimated.
@@ -78,21 +86,35 @@ def path_bound(
     layers: str | Sequence[str] | None = None,
     rungs: str | Sequence[str] = RUNGS,
     *,
+    probes: int | None = None,
     exact_passes: int = EXACT_PASSES,
+    segment_passes: int = SEGMENT_PASSES,
+    delta: float = 0.0,
     seed: int | None = None,
 ) -> PathBound:
-    r"""Take the norm of a network's Jacobian apart, step by step.
+    r"""Take the norm of a network's Jacobian apart, step by step, and bound it by a ladder.
 
     The network falls into steps between tensors h_0 = x, h_1, ..., h_L = out that all dependence
-    passes through. The gains of the steps add up to the truth, their norms to a bound:
+    passes through. The gains of the steps add up to the truth, their norms to bounds:
 
     .. math::
         \log\|J\|_F = \sum_l \log \frac{\|\partial out/\partial h_{l-1}\|_F}
         {\|\partial out/\partial h_l\|_F} \le \sum_l \log\|J_l\|_F
 
+    The rungs, of which each is at least the truth:
+
+    - ``"frobenius"``: the sum of log ||J_l||_F;
+    - ``"spectral"``: the sum of log ||J_l||_2, and half the logarithm of the narrowest width;
+    - ``"mixed"``: one Frobenius norm, the others spectral, at the best place; at most both of
+      those above, where their norms are exact;
+    - ``"segments"``: the same over groups of steps whose Jacobians are taken whole, in the best
+      division into groups; at most ``"mixed"``;
+    - ``"sampled"``: a bound from below, by 8 orthonormal directions of the output.
+
     One step per call of a leaf module; functions between modules belong to the step that follows.
-    A residual, concatenating or branching block is one step, named after the block, and its
-    Jacobian is taken whole.
+    A residual, concatenating or branching block is one step, named after the block. Its spectral
+    norm is exact where its Jacobian is small enough to be formed; otherwise it is followed op by
+    op: branches that meet add their norms, concatenated ones the squares of theirs.
 
     Args:
         model: a module whose output is a tensor, or a pytree of tensors.
@@ -100,29 +122,35 @@ def path_bound(
         batch_dim: 0 for a batch of independent samples, None for one map.
         layers: names of modules or globs ("layer*"): steps end at their outputs only. What no
             single tensor separates is merged, and ``notes`` says so. None takes every leaf.
-        rungs: the bounds wanted; "frobenius" is there so far. With ``()`` only the gains are
-            computed, which is quick.
-        exact_passes: steps that need more backward passes than this get an estimate of their norm
-            from 64 random cotangents; then ``certified["frobenius"]`` is False.
-        seed: for these cotangents; a fresh one is taken and reported where none is given.
+        rungs: the bounds wanted, by name. With ``()`` only the gains are computed, which is quick.
+        probes: estimate the gains from so many random cotangents, for many outputs; each gets an
+            interval. None takes every output, and the gains are exact.
+        exact_passes: steps that need more backward passes than this get an estimate of their
+            Frobenius norm from 64 random cotangents; then ``certified["frobenius"]`` is False. The
+            other rungs put their spectral bounds in its place.
+        segment_passes: what ``"segments"`` may spend, in backward passes through single steps.
+            A larger budget never gives a larger bound.
+        delta: where a spectral norm is not exact, take a bound that fails with this probability,
+            over all steps together, if it is lower; 0 leaves the rungs certified.
+        seed: for what is random; a fresh one is taken and reported where none is given.
 
     Returns:
         `PathBound`, in float64 and detached: a diagnosis, not a training loss.
 
     Cost: one evaluation, and one backward pass per output for all gains together. For the norms of
-    the steps a closed form (linear, convolution, pooling, elementwise, normalisation), otherwise
-    min(outputs, 2.5 inputs) passes through that step alone.
+    the steps a closed form (linear, convolution, pooling, elementwise, normalisation, softmax),
+    otherwise min(outputs, 2.5 inputs) passes through that step alone, and singular values where
+    they take no more than seconds.
 
     Raises:
         InputError: ``model`` is not a module, a pattern in ``layers`` matches nothing, a rung is
-            unknown.
-        NotAvailableError: a rung that this version does not have.
+            unknown, ``probes``, ``delta`` or a budget is out of range.
         ShapeError: ``x`` is empty.
         CouplingError: samples of the batch influence each other.
         DifferentiationError: a step has a Jacobian that is not finite.
 
-    The gains follow from the chain rule; the bound is the submultiplicativity of the norm
-    (Horn and Johnson, "Matrix Analysis", section 5.6).
+    The gains follow from the chain rule; the bounds from ||A B||_F <= ||A||_F ||B||_2 and
+    ||A||_F^2 <= rank(A) ||A||_2^2 (Horn and Johnson, "Matrix Analysis", section 5.6).
 
     >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
     >>> for layer in (net[0], net[2]):
@@ -130,16 +158,22 @@ def path_bound(
     >>> p = path_bound(net, torch.ones(1, 2))
     >>> [(row.name, round(row.log_gain.exp().item(), 3)) for row in p.layers]
     [('0', 2.0), ('1', 1.0), ('2', 1.414)]
+    >>> {name: round(bound.exp().item(), 3) for name, bound in p.rungs.items()}
+    {'frobenius': 4.0, 'mixed': 2.828, 'spectral': 2.828, 'segments': 2.828}
     """
     _check(model, x, batch_dim)
     wanted = checked_rungs(rungs)
-    patterns = checked_layers(model, layers)
+    limits = _limits(exact_passes, segment_passes, delta)
+    patterns, probes = checked_layers(model, layers), checked_probes(probes)
+    chosen = secrets.randbits(32) if seed is None else int(seed)
+    generator = torch.Generator().manual_seed(chosen)
     with torch.inference_mode(False), torch.no_grad():
         journey, notes = _travel(model, x, batch_dim, patterns)
-        found = log_sensitivities(journey.passes, journey.steps, journey.samples)
-        chosen = secrets.randbits(32) if seed is None else int(seed)
-        norms = _norms(journey, exact_passes, chosen) if wanted else None
-    return _assembled(journey, gains(found), norms, notes, chosen)
+        found = _gains(journey, probes, generator)
+        measured = _measured(journey, wanted, limits, generator) if wanted else None
+        whole = _log_spectral_norm(journey, found, measured is not None and probes is None)
+    drew = probes is not None or (measured is not None and _drew(measured))
+    return _assembled(journey, found, measured, wanted, whole, notes, chosen if drew else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,65 +242,121 @@ def _merged(
     return (f"merged, since other paths lead around them: {', '.join(inside)}",)
 
 
-def _norms(journey: Journey, exact_passes: int, seed: int) -> list[StepNorm]:
-    generator = torch.Generator().manual_seed(seed)
+def _gains(journey: Journey, probes: int | None, generator: torch.Generator) -> Gains:
+    """Exact gains and singular values, or an estimate of the gains with intervals."""
+    if probes is None:
+        found = sensitivities(journey.passes, journey.steps, journey.samples)
+        logs = gains(found.logs)
+        return Gains(logs, logs.sum(dim=0), found.spectrum)
+    guess = estimated(journey.passes, journey.steps, journey.samples, probes, generator)
+    low, high = guess.interval
+    total = guess.gains.sum(dim=0)
+    return Gains(guess.gains, total, None, guess.gain_interval, (low[0], high[0]))
+
+
+def _measured(
+    journey: Journey, wanted: Sequence[str], limits: _Limits, generator: torch.Generator
+) -> Measured:
+    """The norms of the steps, and what else the rungs ask for."""
+    steps, samples = journey.steps, journey.samples
+    spectral = bool({"mixed", "spectral", "segments"} & set(wanted))
+    spending = Spending(limits.exact_passes, spectral, limits.delta / len(steps))
+    norms = _norms(journey, spending, generator)
+    budget = limits.segment_passes if "segments" in wanted else 0
+    groups = exact_groups(journey.passes, steps, samples, budget)
+    sampled = None
+    if "sampled" in wanted:
+        sampled = log_sampled(journey.passes, steps, samples, generator)
+    places = (steps[0].start, *(step.stop for step in steps))
+    widths = tuple(width(place, samples) for place in places)
+    names = tuple(step.name for step in steps)
+    return Measured(names, widths, norms, groups, sampled, limits.delta)
+
+
+def _norms(journey: Journey, spending: Spending, generator: torch.Generator) -> list[StepNorm]:
     norms = []
     for step in journey.steps:
-        norm = log_norm(journey.passes, step, journey.samples, exact_passes, generator)
-        refuse_infinite(norm.log, step)
+        norm = step_norm(journey.passes, step, journey.samples, spending, generator)
+        refuse_infinite(norm.log_fro, step)
         norms.append(norm)
     return norms
 
 
+def _drew(measured: Measured) -> bool:
+    """Whether anything random went into the result."""
+    certain = all(norm.exact and norm.label == CERTIFIED for norm in measured.norms)
+    return not certain or measured.sampled is not None
+
+
+def _log_spectral_norm(journey: Journey, found: Gains, may_form: bool) -> Tensor | None:
+    """log ||J||_2: from the rows that the gains came from, or from all rows taken again."""
+    if found.spectrum is not None:
+        return found.log_norm + found.spectrum.log_share[0]
+    steps, samples = journey.steps, journey.samples
+    if not may_form or not fits(steps[0].start, steps[-1].stop, samples):
+        return None
+    return exact_norms(journey.passes, steps, samples).log_spectral
+
+
 def _assembled(
     journey: Journey,
-    log_gains: Tensor,
-    norms: list[StepNorm] | None,
+    found: Gains,
+    measured: Measured | None,
+    wanted: Sequence[str],
+    whole: Tensor | None,
     notes: tuple[str, ...],
-    seed: int,
+    seed: int | None,
 ) -> PathBound:
-    def shaped(rows: Tensor) -> Tensor:
-        return rows[0] if journey.batch is None else rows
-
-    log_whole = log_gains.sum(dim=0)
-    rows = [
-        Layer(step.name, shaped(gain), None, None, None, exact=True)
-        for step, gain in zip(journey.steps, log_gains, strict=True)
-    ]
-    if norms is None:
-        return PathBound(shaped(log_whole), {}, tuple(rows), {}, notes, journey.passes.count, None)
-    logs = torch.stack([norm.log for norm in norms])
-    so_far = logs.flip(0).cumsum(0).flip(0)
-    rows = [
-        replace(row, log_fro=shaped(log), log_bound_so_far=shaped(sum_), exact=norm.exact)
-        for row, log, sum_, norm in zip(rows, logs, so_far, norms, strict=True)
-    ]
-    exact = all(norm.exact for norm in norms)
-    bound = _not_below(so_far[0], log_whole) if exact else so_far[0]
-    return PathBound(
-        log_norm=shaped(log_whole),
-        rungs={"frobenius": shaped(bound)},
-        layers=tuple(rows),
-        certified={"frobenius": exact},
-        notes=notes + _estimates(journey.steps, norms),
+    names = [step.name for step in journey.steps]
+    truth = found.log_norm if found.interval is None else None
+    labels = {} if measured is None else assembling.labels(wanted, measured)
+    result = PathBound(
+        log_norm=found.log_norm,
+        rungs={} if measured is None else assembling.rungs(wanted, measured, truth),
+        layers=tuple(assembling.layers(names, found, measured)),
+        certified={name: label == CERTIFIED for name, label in labels.items()},
+        notes=notes + (() if measured is None else assembling.notes(measured)),
         passes=journey.passes.count,
-        seed=None if exact else seed,
+        seed=seed,
+        labels=labels,
+        log_spectral_norm=whole,
+        interval=found.interval,
     )
+    return result if journey.batch is not None else _first(result)
 
 
-def _not_below(bound: Tensor, truth: Tensor) -> Tensor:
-    """Where the two are equal, as for a single step, rounding must not turn them around."""
-    return torch.where((truth - bound).abs() < ROUNDING, torch.maximum(bound, truth), bound)
+def _first(found: Any) -> Any:
+    """What was found of the one sample of a map that is no batch, ``()`` for ``(1,)``."""
+    match found:
+        case Tensor():
+            return found[0]
+        case dict():
+            return {name: _first(value) for name, value in found.items()}
+        case tuple():
+            return tuple(_first(value) for value in found)
+        case Layer() | PathBound():
+            return replace(found, **{f.name: _first(getattr(found, f.name)) for f in fields(found)})
+    return found
 
 
-def _estimates(steps: Sequence[Step], norms: Sequence[StepNorm]) -> tuple[str, ...]:
-    named = [step.name for step, norm in zip(steps, norms, strict=True) if not norm.exact]
-    if not named:
-        return ()
-    return (
-        f"log_fro is an estimate from {PROBES} random cotangents in {', '.join(named)}; "
-        "raise exact_passes= to have it exact",
-    )
+@dataclass(frozen=True)
+class _Limits:
+    exact_passes: int
+    segment_passes: int
+    delta: float
+
+
+def _limits(exact_passes: int, segment_passes: int, delta: float) -> _Limits:
+    """Return the budgets, none of which is negative, and a probability."""
+    for name, budget in (("exact_passes", exact_passes), ("segment_passes", segment_passes)):
+        if not budget >= 0:
+            raise InputError(f"{name} expects a number of passes, 0 or more, got {budget!r}")
+    if not 0 <= delta < 1:
+        raise InputError(
+            f"delta expects a probability from 0 to below 1, got {delta!r}; 0 leaves the rungs "
+            "certified, 0.01 lets them fail in one of a hundred calls"
+        )
+    return _Limits(exact_passes, segment_passes, delta)
 
 
 def _check(model: nn.Module, x: Tensor, batch_dim: int | None) -> None:
@@ -288,16 +378,13 @@ def _check(model: nn.Module, x: Tensor, batch_dim: int | None) -> None:
 
 
 def checked_rungs(rungs: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the rungs, all of which are there."""
+    """Return the names of the rungs, each once."""
     wanted = (rungs,) if isinstance(rungs, str) else tuple(rungs)
+    known = (*RUNGS, "sampled")
     for name in wanted:
-        if name in PLANNED_RUNGS:
-            raise NotAvailableError(
-                f"this version does not have the rung {name!r}; available: {', '.join(RUNGS)}"
-            )
-        if name not in RUNGS:
+        if name not in known:
             raise InputError(
-                f"rungs expects names among {', '.join(RUNGS)}, got {name!r}; "
+                f"rungs expects names among {', '.join(known)}, got {name!r}; "
                 "() computes the gains alone"
             )
-    return wanted
+    return tuple(dict.fromkeys(wanted))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,11 +12,26 @@ from torch import Tensor
 from pushforward.errors import DifferentiationError
 from pushforward.path.pull import Passes, blocks, sample_norms, unit_vectors
 from pushforward.path.record import Crossing
+from pushforward.path.spectra import MOST_ROWS, Spectrum, joined, spectrum
 from pushforward.path.steps import Step
 
+# What all rows at all places may take, for their singular values.
+MOST_BYTES = 2**28
 
-def log_sensitivities(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor:
-    """Return log ||d out / d h_l||_F for the tensor before each step, ``(steps, samples)``.
+
+@dataclass(frozen=True, eq=False)
+class Sensitivities:
+    """log ||d out / d h_l||_F for the tensor before each step, ``(steps, samples)``.
+
+    ``spectrum`` is None where outputs are too many for it.
+    """
+
+    logs: Tensor
+    spectrum: Spectrum | None
+
+
+def sensitivities(passes: Passes, steps: Sequence[Step], samples: int) -> Sensitivities:
+    """Find the norms and singular values of d out / d h at every place.
 
     One backward pass per output, which all tensors take their gradients from. Where these leave
     the range in which their dtype is accurate, the passes are repeated step by step.
@@ -24,12 +40,13 @@ def log_sensitivities(passes: Passes, steps: Sequence[Step], samples: int) -> Te
     return _step_by_step(passes, steps, samples) if found is None else found
 
 
-def _at_once(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor | None:
+def _at_once(passes: Passes, steps: Sequence[Step], samples: int) -> Sensitivities | None:
     output, places = steps[-1].stop, [step.start for step in steps]
     squares = torch.zeros(len(steps), samples, dtype=torch.float64, device=output.device)
     like = torch.empty(0, dtype=output.dtype, device=output.device)
     size = passes.rows_per_pass(output.shape, *(place.shape for place in places), like=like)
     count = math.prod(output.shape) // samples
+    kept = [] if _can_keep(count, places) else None
     for first in range(0, count, size):
         seeds = unit_vectors(output, samples, first, min(first + size, count))
         rows = passes.pull_to_all(output, places, seeds)
@@ -37,7 +54,21 @@ def _at_once(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor | No
         squares += norms.square()
         if not _accurate(squares.sqrt(), places):
             return None
-    return squares.log() / 2
+        if kept is not None:
+            kept.append(rows)
+    logs = squares.log() / 2
+    return Sensitivities(logs, None if kept is None else _spectra(kept, squares.sqrt(), samples))
+
+
+def _can_keep(count: int, places: Sequence[Crossing]) -> bool:
+    """Whether all rows at all places can be held, and taken apart."""
+    sizes = [math.prod(place.shape) * place.dtype.itemsize for place in places]
+    return 0 < count <= MOST_ROWS and count * sum(sizes) <= MOST_BYTES
+
+
+def _spectra(kept: list[list[Tensor]], norms: Tensor, samples: int) -> Spectrum:
+    places = zip(zip(*kept, strict=True), norms, strict=True)
+    return joined([spectrum(torch.cat(parts), row, samples) for parts, row in places])
 
 
 def _accurate(norms: Tensor, places: Sequence[Crossing]) -> bool:
@@ -49,7 +80,7 @@ def _accurate(norms: Tensor, places: Sequence[Crossing]) -> bool:
     return True
 
 
-def _step_by_step(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor:
+def _step_by_step(passes: Passes, steps: Sequence[Step], samples: int) -> Sensitivities:
     """The same for networks of any depth: all outputs are pulled back through one step at a time.
 
     Each sample is brought back to size one on the way, and its logarithm kept in float64.
@@ -58,15 +89,27 @@ def _step_by_step(passes: Passes, steps: Sequence[Step], samples: int) -> Tensor
     count = math.prod(output.shape) // samples
     places = [output, *(step.start for step in steps)]
     total = torch.full((len(steps), samples), -torch.inf, dtype=torch.float64, device=output.device)
-    for first, last in blocks(count, *places):
+    found: list[Spectrum] = []
+    spans = list(blocks(count, *places))
+    whole = found if len(spans) == 1 and count <= MOST_ROWS else None
+    for first, last in spans:
         seeds = unit_vectors(output, samples, first, last)
-        found = _follow(passes, steps, samples, seeds)
-        total = torch.logaddexp(2 * total, 2 * found) / 2
-    return total
+        logs = followed(passes, steps, samples, seeds, whole)
+        total = torch.logaddexp(2 * total, 2 * logs) / 2
+    return Sensitivities(total, joined(found[::-1]) if found else None)
 
 
-def _follow(passes: Passes, steps: Sequence[Step], samples: int, rows: Tensor) -> Tensor:
-    """Pull one block of cotangents back through all steps."""
+def followed(
+    passes: Passes,
+    steps: Sequence[Step],
+    samples: int,
+    rows: Tensor,
+    spectra: list[Spectrum] | None = None,
+) -> Tensor:
+    """Pull one block of cotangents back through all steps; ``(steps, samples)``.
+
+    ``spectra`` gets the singular values at each place, from the last one on.
+    """
     scale = torch.zeros(samples, dtype=torch.float64, device=rows.device)
     logs = []
     for step in reversed(steps):
@@ -74,10 +117,17 @@ def _follow(passes: Passes, steps: Sequence[Step], samples: int, rows: Tensor) -
         norms = sample_norms(rows, samples)
         refuse_infinite(norms.log(), step)
         logs.append(scale + norms.log())
-        powers = _power_near(norms)
-        rows = _divided(rows, powers, samples)
-        scale = scale + powers.log()
+        if spectra is not None:
+            spectra.append(spectrum(rows, norms, samples))
+        rows, powers = scaled_down(rows, norms, samples)
+        scale = scale + powers
     return torch.stack(logs[::-1])
+
+
+def scaled_down(rows: Tensor, norms: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Bring the rows of each sample to about size one; beside them the logarithm taken out."""
+    powers = _power_near(norms)
+    return _divided(rows, powers, samples), powers.log()
 
 
 def _power_near(norms: Tensor) -> Tensor:
@@ -108,11 +158,11 @@ def refuse_infinite(logs: Tensor, step: Step) -> None:
         )
 
 
-def gains(sensitivities: Tensor) -> Tensor:
+def gains(logs: Tensor) -> Tensor:
     """Return log N_l - log N_(l+1) for each step, the last one undivided; ``(steps, samples)``.
 
     Behind a step that kills everything N is 0 already: those steps have gain 0, so that the sum
     is -inf and not NaN.
     """
-    after = torch.cat([sensitivities[1:], torch.zeros_like(sensitivities[:1])])
-    return torch.where(after == -torch.inf, 0.0, sensitivities - after)
+    after = torch.cat([logs[1:], torch.zeros_like(logs[:1])])
+    return torch.where(after == -torch.inf, 0.0, logs - after)

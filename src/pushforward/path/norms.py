@@ -1,30 +1,92 @@
-"""The Frobenius norm of the Jacobian of one step: exact where that is affordable."""
+"""The norms of the Jacobian of one step: exact where that is affordable, else bounds."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pushforward.errors import DifferentiationError
+from pushforward.path.dense import cost, exact_norms, fits, width
+from pushforward.path.follow import Reach, log_spectral_by_ops
+from pushforward.path.lanczos import log_probable
 from pushforward.path.leaves import Leaf, log_norm_of_leaf
-from pushforward.path.pull import Passes, blocks, sample_norms, unit_vectors
+from pushforward.path.pull import PUSH_COST, Passes, blocks, sample_norms, unit_vectors
 from pushforward.path.steps import Step
 
-# Pushing forward differentiates a backward pass once more: about two and a half times its work.
-PUSH_COST = 2.5
 PROBES = 64
+CERTIFIED, PROBABLE, ESTIMATE = "certified", "probable", "estimate"
 
 
 @dataclass(frozen=True, eq=False)
 class StepNorm:
-    """log ||J||_F of a step per sample, whether it is exact, and how it was found."""
+    """The norms of a step per sample, and what they are.
 
-    log: Tensor
+    ``log_fro`` is exact or an estimate. ``log_spectral`` is None where nobody asked for it;
+    ``label`` says whether it is certified, probable or an estimate. ``log_fro_bound`` is
+    ``log_fro`` where that is exact, and what the spectral norm says of it where not.
+    """
+
+    log_fro: Tensor
     exact: bool
-    method: str
+    log_spectral: Tensor | None = None
+    log_fro_bound: Tensor | None = None
+    label: str = CERTIFIED
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What may be spent on a step, and the probability with which a bound may fail."""
+
+    passes: int
+    spectral: bool
+    delta: float
+
+
+def step_norm(
+    passes: Passes, step: Step, samples: int, spending: Spending, generator: torch.Generator
+) -> StepNorm:
+    """Find the norms of a step; the spectral one op by op, or from all entries."""
+    if not spending.spectral:
+        return log_norm(passes, step, samples, spending.passes, generator)
+    by_ops = log_spectral_by_ops(passes, step, samples)
+    if (by_ops is None or not by_ops.exact) and _may_be_dense(step, samples, spending.passes):
+        norms = exact_norms(passes, [step], samples)
+        return StepNorm(norms.log_fro, True, norms.log_spectral, norms.log_fro)
+    fro = log_norm(passes, step, samples, spending.passes, generator)
+    return _with_spectral(passes, step, samples, fro, by_ops, spending, generator)
+
+
+def _may_be_dense(step: Step, samples: int, budget: int) -> bool:
+    affordable = cost(step.start, step.stop, samples) <= budget
+    return affordable and fits(step.start, step.stop, samples)
+
+
+def _with_spectral(
+    passes: Passes,
+    step: Step,
+    samples: int,
+    fro: StepNorm,
+    by_ops: Reach | None,
+    spending: Spending,
+    generator: torch.Generator,
+) -> StepNorm:
+    """Take the least of what is certified; where that is not exact, what probably holds."""
+    log = None if by_ops is None else by_ops.log
+    if fro.exact:
+        log = fro.log_fro if log is None else torch.minimum(log, fro.log_fro)
+    label = CERTIFIED
+    if spending.delta > 0 and not (by_ops is not None and by_ops.exact):
+        found = log_probable(passes, step, samples, spending.delta, generator)
+        if found is not None and (log is None or bool((found < log).any())):
+            log, label = found if log is None else torch.minimum(log, found), PROBABLE
+    if log is None:
+        return replace(fro, log_spectral=fro.log_fro, log_fro_bound=fro.log_fro, label=ESTIMATE)
+    narrow = min(width(step.start, samples), width(step.stop, samples))
+    bound = fro.log_fro if fro.exact else log + math.log(max(1, narrow)) / 2
+    return replace(fro, log_spectral=log, log_fro_bound=bound, label=label)
 
 
 def log_norm(
@@ -34,12 +96,12 @@ def log_norm(
     budget: int,
     generator: torch.Generator,
 ) -> StepNorm:
-    """Find the norm by a rule for the module, by all rows or columns, or by random cotangents."""
+    """Find the Frobenius norm by a rule, by all rows or columns, or by random cotangents."""
     if step.call is not None:
         leaf = Leaf(step.call.module, step.start, step.stop, samples, passes)
         found = log_norm_of_leaf(leaf)
         if found is not None:
-            return StepNorm(found, True, "rule")
+            return StepNorm(found, True)
     return _log_norm_of_any(passes, step, samples, budget, generator)
 
 
@@ -51,10 +113,10 @@ def _log_norm_of_any(
     if columns < rows and columns <= budget:
         found = _by_columns(passes, step, samples)
         if found is not None:
-            return StepNorm(found, True, "columns")
+            return StepNorm(found, True)
     if rows <= budget:
-        return StepNorm(_by_rows(passes, step, samples), True, "rows")
-    return StepNorm(_estimated(passes, step, samples, generator), False, f"{PROBES} probes")
+        return StepNorm(_by_rows(passes, step, samples), True)
+    return StepNorm(_estimated(passes, step, samples, generator), False)
 
 
 def _by_rows(passes: Passes, step: Step, samples: int) -> Tensor:

@@ -34,15 +34,15 @@ def separable(
     if samples == 1:
         return marks
     kept: list[Border] = []
-    place, seeds = output, _seeds(output)
+    place, seeds = output, scaled_seeds(output)
     for mark in reversed(marks):
         gradient = passes.pull(place, mark.place, seeds)
-        apart = _kept_apart(gradient, mark.place)
+        apart = kept_apart(gradient, scales(mark.place))
         kept += [mark] if apart else []
-        place, seeds = mark.place, _seeds(mark.place) if apart else _of_size_one(gradient)
-    if _kept_apart(passes.pull(place, start, seeds), start):
+        place, seeds = mark.place, scaled_seeds(mark.place) if apart else _of_size_one(gradient)
+    if kept_apart(passes.pull(place, start, seeds), scales(start)):
         return kept[::-1]
-    if _kept_apart(passes.pull(output, start, _seeds(output)), start):
+    if kept_apart(passes.pull(output, start, scaled_seeds(output)), scales(start)):
         return []  # samples meet on the way, and part again or are forgotten before the output
     raise CouplingError(coupling_message(tape))
 
@@ -51,7 +51,7 @@ def _leading(place: Crossing) -> int | None:
     return place.shape[0] if place.shape else None
 
 
-def _scales(place: Crossing) -> Tensor:
+def scales(place: Crossing | Tensor) -> Tensor:
     """Signed powers of two, ``(rounds, B, 1, ...)``: in one round or another no two are the same.
 
     Exact to multiply by. Samples get the digits of their number.
@@ -66,24 +66,24 @@ def _scales(place: Crossing) -> Tensor:
     return torch.stack(rounds).reshape(len(rounds), -1, *(1 for _ in place.shape[1:]))
 
 
-def _seeds(place: Crossing) -> Tensor:
+def scaled_seeds(place: Crossing) -> Tensor:
     """A cotangent of random numbers, and the same scaled sample by sample in a few ways."""
     source = torch.Generator().manual_seed(0)
     plain = torch.rand(place.shape, generator=source).add_(0.5).to(place.device, place.dtype)
     signs = torch.rand(place.shape, generator=source).to(place.device) < 0.5
     plain = torch.where(signs, plain, -plain)
-    return torch.cat([plain[None], plain * _scales(place)])
+    return torch.cat([plain[None], plain * scales(place)])
 
 
-def _kept_apart(gradients: Tensor, place: Crossing) -> bool:
+def kept_apart(gradients: Tensor, factors: Tensor) -> bool:
     """Whether all gradients are the first one scaled sample by sample, up to rounding.
 
     One that is not finite tells nothing of samples; the gains name the step where it arose.
     """
-    expected = gradients[0] * _scales(place)
+    expected = gradients[0] * factors
     if not expected.isfinite().all():
         return True
-    slack = min(1e3 * torch.finfo(place.dtype).eps, 0.02)
+    slack = min(1e3 * torch.finfo(gradients.dtype).eps, 0.02)
     error = _sample_norms(gradients[1:] - expected)
     return bool((error <= slack * _sample_norms(expected)).all())
 
