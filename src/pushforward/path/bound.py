@@ -293,7 +293,8 @@ def _log_spectral_norm(journey: Journey, found: Gains, may_form: bool) -> Tensor
     if found.spectrum is not None:
         return found.log_norm + found.spectrum.log_share[0]
     steps, samples = journey.steps, journey.samples
-    if not may_form or not fits(steps[0].start, steps[-1].stop, samples):
+    ends = width(steps[0].start, samples), width(steps[-1].stop, samples)
+    if not may_form or not fits(*ends, samples):
         return None
     return exact_norms(journey.passes, steps, samples).log_spectral
 

@@ -35,22 +35,23 @@ def width(place: Crossing, samples: int) -> int:
     return math.prod(place.shape) // samples
 
 
-def fits(start: Crossing, stop: Crossing, samples: int) -> bool:
-    """Whether all entries between two places, and their singular values, are to be had."""
-    short, long = sorted((width(start, samples), width(stop, samples)))
+def fits(entering: int, leaving: int, samples: int) -> bool:
+    """Whether all entries between places of two widths, and their singular values, can be had."""
+    short, long = sorted((entering, leaving))
     work = short**2 * (2 * long + EIGENVALUES * short)
     return 8 * samples * short * long <= MOST_BYTES and samples * work <= MOST_WORK
 
 
-def cost(start: Crossing, stop: Crossing, samples: int) -> float:
+def cost(entering: int, leaving: int) -> float:
     """Backward passes that the entries take, a pass forward counted as `PUSH_COST`."""
-    return min(width(stop, samples), PUSH_COST * width(start, samples))
+    return min(leaving, PUSH_COST * entering)
 
 
 def exact_norms(passes: Passes, steps: Sequence[Step], samples: int) -> Norms:
     """Take the norms of the Jacobian of steps on end, by rows, or by columns where that is less."""
     start, stop = steps[0].start, steps[-1].stop
-    if cost(start, stop, samples) < width(stop, samples) and len(steps) == 1:
+    entering, leaving = width(start, samples), width(stop, samples)
+    if cost(entering, leaving) < leaving and len(steps) == 1:
         columns = _columns(passes, steps[0], samples)
         if columns is not None:
             return _norms(columns, torch.zeros(samples, dtype=torch.float64, device=stop.device))

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from pushforward.path.cuts import between
 from pushforward.path.local import MOVES, POINTWISE, Bound, Op, bound_of, kind_of, signed
-from pushforward.path.places import Samples, dtype_of, place_of, samples_inside, shape_of
+from pushforward.path.places import Samples, dtype_of, place_of, shape_of
 from pushforward.path.pull import Passes
 from pushforward.path.steps import Step
 
@@ -65,7 +65,7 @@ class _Walk:
         edges.append(GradientEdge(step.stop.node, step.stop.edge.output_nr))
         if not all(dtype_of(edge).is_floating_point for edge in edges):
             return None
-        apart = samples_inside(passes, step.stop, edges, samples)
+        apart = Samples(samples, passes, step.stop, edges)
         zero = torch.zeros(samples, dtype=torch.float64, device=step.stop.device)
         start = {step.start.node: Reach(zero, exact=True, rigid=True)}
         return _Walk(passes, step, order, apart, inputs, start, {})

@@ -34,7 +34,7 @@ def exact_groups(passes: Passes, steps: Sequence[Step], samples: int, budget: fl
     """
     groups: Groups = {}
     spent = 0
-    for group in _in_order(steps, samples):
+    for group in sorted(_all_groups(steps, samples, budget), key=_turn):
         spent += group.cost
         if spent > budget:
             break
@@ -43,17 +43,20 @@ def exact_groups(passes: Passes, steps: Sequence[Step], samples: int, budget: fl
     return groups
 
 
-def _in_order(steps: Sequence[Step], samples: int) -> list[_Group]:
+def _turn(group: _Group) -> tuple[int, int, int]:
     """Cheap groups first, then short ones, then those near the input."""
-    return sorted(_all_groups(steps, samples), key=lambda g: (g.cost, g.last - g.first, g.first))
+    return group.cost, group.last - group.first, group.first
 
 
-def _all_groups(steps: Sequence[Step], samples: int) -> Iterator[_Group]:
-    for first in range(len(steps)):
-        for last in range(first + 2, min(len(steps), first + LONGEST) + 1):
-            start, stop = steps[first].start, steps[last - 1].stop
-            if fits(start, stop, samples):
-                yield _Group(first, last, width(stop, samples) * (last - first))
+def _all_groups(steps: Sequence[Step], samples: int, most: float) -> Iterator[_Group]:
+    """All groups of two steps or more; none that costs more than ``most`` alone."""
+    places = [steps[0].start, *(step.stop for step in steps)]
+    widths = [width(place, samples) for place in places]
+    for last in range(2, len(steps) + 1):
+        longest = min(last, LONGEST, int(most // max(1, widths[last])))
+        for length in range(2, longest + 1):
+            if fits(widths[last - length], widths[last], samples):
+                yield _Group(last - length, last, widths[last] * length)
 
 
 def log_best_chain(singles: Sequence[Norms], groups: Groups) -> Tensor:

@@ -60,8 +60,8 @@ def step_norm(
 
 
 def _may_be_dense(step: Step, samples: int, budget: int) -> bool:
-    affordable = cost(step.start, step.stop, samples) <= budget
-    return affordable and fits(step.start, step.stop, samples)
+    entering, leaving = width(step.start, samples), width(step.stop, samples)
+    return cost(entering, leaving) <= budget and fits(entering, leaving, samples)
 
 
 def _with_spectral(

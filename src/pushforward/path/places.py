@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,12 +32,20 @@ class Layout:
         return values.unflatten(dim, shape).movedim(dim if self.blocks else dim + 1, 0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Samples:
-    """How many samples there are, and the layout of each edge inside a step, where one is known."""
+    """How many samples there are, and how they lie at each edge inside a step.
+
+    The layouts are found when the first of them is asked for, by one random cotangent at the end
+    of the step and copies of it. In the copies each sample is scaled by a power of two of its own.
+    Where the gradient scales alike under some way to share it out, elements belong to samples in
+    that way; those without a gradient do not matter to any.
+    """
 
     count: int
-    layouts: dict[GradientEdge, Layout]
+    passes: Passes
+    stop: Crossing
+    edges: Sequence[GradientEdge]
 
     def most(self, values: Tensor, edge: GradientEdge) -> Tensor:
         """The largest of ``values``, which lie as the tensor at ``edge`` does, for each sample.
@@ -44,14 +53,24 @@ class Samples:
         Dimensions of ``values`` may be missing at the end or be 1. Where the samples cannot be
         told apart it is the largest of all: what bounds the whole batch bounds each of its parts.
         """
-        layout = self.layouts.get(edge)
+        layout = self._layouts.get(edge) if values.numel() > 1 else None
         extent = shape_of(edge)[layout.dim] if layout is not None else 0
         if layout is None or layout.dim >= values.dim() or values.shape[layout.dim] != extent:
             return values.double().amax().expand(self.count)
         return layout.first(values, layout.dim).flatten(1).double().amax(dim=1)
 
     def tells_apart(self, edge: GradientEdge) -> bool:
-        return self.count == 1 or edge in self.layouts
+        return self.count == 1 or edge in self._layouts
+
+    @cached_property
+    def _layouts(self) -> dict[GradientEdge, Layout]:
+        if self.count == 1:
+            return {}
+        places = [place_of(edge, self.stop.device) for edge in self.edges]
+        gradients = self.passes.pull_to_all(self.stop, places, scaled_seeds(self.stop))
+        found = zip(self.edges, gradients, strict=True)
+        layouts = {edge: _layout(gradient, self.count) for edge, gradient in found}
+        return {edge: layout for edge, layout in layouts.items() if layout is not None}
 
 
 def shape_of(edge: GradientEdge) -> tuple[int, ...]:
@@ -69,24 +88,6 @@ def _metadata(edge: GradientEdge) -> torch.Tensor:
 
 def place_of(edge: GradientEdge, device: torch.device) -> Crossing:
     return Crossing(edge, shape_of(edge), dtype_of(edge), device)
-
-
-def samples_inside(
-    passes: Passes, stop: Crossing, edges: Sequence[GradientEdge], samples: int
-) -> Samples:
-    """Find the layouts by one random cotangent at the end of a step, and copies of it.
-
-    In the copies each sample is scaled by a power of two of its own. Where the gradient scales
-    alike under some way to share it out, elements belong to samples in that way; those without a
-    gradient do not matter to any.
-    """
-    if samples == 1:
-        return Samples(1, {})
-    places = [place_of(edge, stop.device) for edge in edges]
-    gradients = passes.pull_to_all(stop, places, scaled_seeds(stop))
-    found = zip(edges, gradients, strict=True)
-    layouts = {edge: _layout(gradient, samples) for edge, gradient in found}
-    return Samples(samples, {edge: layout for edge, layout in layouts.items() if layout})
 
 
 def _layout(rounds: Tensor, samples: int) -> Layout | None:
