@@ -3,7 +3,7 @@
 Exact where it can be, cheap because it chooses its passes, honest where it estimates.
 """
 
-from pushforward import autograd, errors, linalg, regularizers, sensitivity
+from pushforward import autograd, callbacks, errors, implicit, linalg, regularizers, sensitivity
 from pushforward.density import AutoTransform, Pushforward, logdetcheck, value_and_logabsdet
 from pushforward.derivatives import hessian, jacobian, plan
 from pushforward.differential import divergence, laplacian
@@ -32,9 +32,11 @@ __all__ = [
     "__version__",
     "aslinearoperator",
     "autograd",
+    "callbacks",
     "divergence",
     "errors",
     "hessian",
+    "implicit",
     "jacobian",
     "laplacian",
     "linalg",
