@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import pushforward as pf
 from pushforward.sensitivity import bar, batches, margin
-from pushforward.sensitivity.norms import probabilities
+from pushforward.sensitivity.norms import softmax_jacobian
 
 sensitivity = pf.sensitivity
 
@@ -120,17 +120,35 @@ def test_softmax_that_is_saturated_keeps_its_digits():
     )
 
 
-def test_probabilities_are_softmax_and_so_are_their_derivatives():
+def softmax_rows(logits: Tensor) -> Tensor:
+    """(B, R, C, C): the Jacobian of softmax as it is put together."""
+    scales, directions = softmax_jacobian(logits)
+    return scales.unsqueeze(-1) * directions
+
+
+def test_the_jacobian_of_softmax():
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, -1e3, 2.0], [5.0, 5.0, 5.0]]).double()
-    logits.requires_grad_()
-    ours, plain = probabilities(logits), logits.softmax(1)
-    torch.testing.assert_close(ours, plain)
-    seed = torch.randn(3, 3, dtype=torch.float64)
-    grads = [torch.autograd.grad((p * seed).sum(), logits)[0] for p in (ours, plain)]
-    torch.testing.assert_close(*grads)
-    assert torch.autograd.gradgradcheck(
-        probabilities, (torch.randn(2, 4).double().requires_grad_(),)
-    )
+    p = logits.softmax(1)
+    expected = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    torch.testing.assert_close(softmax_rows(logits.unsqueeze(2)).squeeze(1), expected)
+
+
+def test_the_derivatives_of_the_jacobian_of_softmax():
+    logits = torch.randn(2, 4, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(softmax_rows, logits)
+    assert torch.autograd.gradgradcheck(softmax_rows, logits)
+
+
+def test_gradients_below_the_smallest_normal_number():
+    """A norm of 1e-42 in float32, where no sum of the backward pass is exact."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4))
+    x = torch.randn(50, 5) * 200
+    found = sensitivity.jacobian_norm(net, x)
+    expected = sensitivity.jacobian_norm(net.double(), x.double())
+    tiny = expected < 1e-38
+    assert 0 < tiny.sum() < 50
+    torch.testing.assert_close(found[~tiny].double(), expected[~tiny], rtol=1e-2, atol=0)
 
 
 def test_a_class_that_is_ruled_out():
@@ -190,6 +208,15 @@ def test_a_budget_takes_fewer_samples_at_once():
             sensitivity.jacobian_norm(net, x, memory=10)
 
 
+@pytest.mark.parametrize("of", ["probabilities", "logits"])
+def test_derivatives_under_a_budget(of):
+    net, x = network(), batch(40)
+    wanted = net[0].weight
+    whole = torch.autograd.grad(sensitivity.jacobian_norm(net, x, of).sum(), wanted)
+    parts = torch.autograd.grad(sensitivity.jacobian_norm(net, x, of, memory=16_000).sum(), wanted)
+    torch.testing.assert_close(parts, whole, rtol=1e-8, atol=1e-12)
+
+
 def test_no_samples():
     net = network()
     assert sensitivity.jacobian_norm(net, batch(0)).shape == (0,)
@@ -238,6 +265,10 @@ REFUSED = {
     "a tree": (
         lambda: sensitivity.jacobian_norm(lambda x: {"z": x, "h": x}, batch()),
         "got dict of 2 tensors",
+    ),
+    "complex logits": (
+        lambda: sensitivity.jacobian_norm(lambda x: torch.complex(x, x), batch()),
+        "got torch.complex128",
     ),
     "labels with decimals": (lambda: margin(network(), batch(), torch.ones(7)), "integer tensor"),
     "labels in a list": (lambda: margin(network(), batch(), [1]), "got list"),

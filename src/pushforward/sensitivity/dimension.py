@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pushforward import linalg
 from pushforward.derivatives import jacobian
 from pushforward.errors import InputError
+from pushforward.jacobians import Jacobian
 from pushforward.sensitivity.batches import budget, checked_batch, joined, over_samples
-from pushforward.sensitivity.norms import finite, quantity
+from pushforward.sensitivity.norms import COPIES, check_request, finite, matrix_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +74,25 @@ def effective_dimension(
     checked_batch(x, "effective_dimension")
     if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 <= rtol < math.inf:
         raise InputError(f"rtol expects a number that is not negative, got {rtol!r}")
-    function = quantity(model, of)
+    check_request(model, of)
+    room = budget(memory)
 
     def measured(rows: slice) -> EffectiveDimension:
-        J = jacobian(function, x[rows], batch_dim=0, memory=budget(memory))
-        finite(J.fro_norm())
-        return dimensions(J.svdvals().to(x.dtype), rtol)
+        J = jacobian(model, x[rows], batch_dim=0, memory=room and room // COPIES)
+        return dimensions(_svdvals(J, of).to(x.dtype), rtol)
 
     found = over_samples(measured, len(x), "Singular values", progress)
     return joined(found) if found else dimensions(x.new_zeros(0, 0), rtol)
+
+
+def _svdvals(J: Jacobian, of: str) -> Tensor:
+    """Of the logits by what the plan knows of their structure."""
+    if of == "logits":
+        finite(J.fro_norm())
+        return J.svdvals()
+    matrix = matrix_of(J, of)
+    finite(linalg.fro_norm(matrix))
+    return linalg.svdvals(matrix)
 
 
 def dimensions(values: Tensor, rtol: float) -> EffectiveDimension:

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pushforward import linalg
 from pushforward.boundary import Structure
 from pushforward.derivatives import jacobian
 from pushforward.errors import DifferentiationError, InputError, ShapeError
+from pushforward.jacobians import Jacobian
 from pushforward.sensitivity.batches import budget, checked_batch, over_samples
 
 QUANTITIES = ("probabilities", "logits")
+# Of a Jacobian in double precision, alive at once: the logits', its product, the result.
+COPIES = 4
+# A logit of minus infinity, which rules a class out, as a number.
+LEAST = -1e300
 
 
 def jacobian_norm(
@@ -47,8 +53,7 @@ def jacobian_norm(
     Returns:
         ``(B,)``, in the dtype of ``x``. Differentiable with respect to ``x`` and all
         parameters; measure under ``torch.no_grad()``, which keeps no graph. Where J is zero the
-        derivative is zero. A softmax that is saturated is taken in double precision and loses no
-        digits: 1 - p keeps its own.
+        derivative is zero. A softmax that is saturated loses no digits: 1 - p keeps its own.
 
     Raises:
         InputError: ``of`` is unknown, ``x`` is not real floating point.
@@ -57,7 +62,7 @@ def jacobian_norm(
         DifferentiationError: an op without a derivative, or a Jacobian that is not finite.
         MemoryBudgetError: not even one sample fits in ``memory``.
 
-    Cost: one Jacobian by the structure engine, at most C backward passes.
+    Cost: one Jacobian of the logits by the structure engine, at most C backward passes.
 
     >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     >>> x = torch.tensor([[1.0, 0.5]])
@@ -67,14 +72,64 @@ def jacobian_norm(
     tensor([0.7906])
     """
     checked_batch(x, "jacobian_norm")
-    function = quantity(model, of)
+    check_request(model, of)
+    room = budget(memory)
 
     def norms(rows: slice) -> Tensor:
-        J = jacobian(function, x[rows], batch_dim=0, memory=budget(memory))
-        return finite(J.fro_norm()).to(x.dtype)
+        J = jacobian(model, x[rows], batch_dim=0, memory=room)
+        return norm_of(J, of, room).to(x.dtype)
 
     found = over_samples(norms, len(x), "Jacobian norms", progress)
     return torch.cat(found) if found else x.new_zeros(0)
+
+
+def check_request(model: Any, of: str) -> None:
+    """Refuse what is no function, and quantities that there are not."""
+    if of not in QUANTITIES:
+        raise InputError(f'of expects "probabilities" or "logits", got {of!r}')
+    if not callable(model):
+        raise InputError(f"expected a model or function, got {type(model).__name__}")
+
+
+def norm_of(J: Jacobian, of: str, room: int | None) -> Tensor:
+    """||J||_F of the logits or of their softmax, (B,)."""
+    if of == "logits":
+        return finite(J.fro_norm())
+    logits = checked_logits(J.value)
+    if logits.dim() == 2 and room is not None and _takes(J) > room:
+        return finite(_norm_by_strips(J, logits, room))
+    return finite(linalg.fro_norm(_of_probabilities(J, logits).flatten(1, -2)))
+
+
+def matrix_of(J: Jacobian, of: str) -> Tensor:
+    """The Jacobian of the logits or of their softmax, (B, m, n)."""
+    if of == "logits":
+        return J.matrix()
+    return _of_probabilities(J, checked_logits(J.value)).flatten(1, -2)
+
+
+def _takes(J: Jacobian) -> int:
+    m, n = J.shape
+    return COPIES * 8 * (J.batch or 1) * m * n
+
+
+def _of_probabilities(J: Jacobian, logits: Tensor) -> Tensor:
+    """(B, R, C, n) in double precision, for logits (B, C) or (B, C, *R)."""
+    scales, directions = softmax_jacobian(logits.unsqueeze(-1).flatten(2))
+    rows = J.matrix().unflatten(1, (logits.shape[1], -1)).movedim(1, 2)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return scales.unsqueeze(-1) * (directions.to(dtype) @ rows.to(dtype)).double()
+
+
+def _norm_by_strips(J: Jacobian, logits: Tensor, room: int) -> Tensor:
+    """The same without all entries at once: the rows of some probabilities at a time."""
+    scales, directions = (part.squeeze(1) for part in softmax_jacobian(logits.unsqueeze(-1)))
+    some = max(1, room * J.shape[0] // _takes(J))
+    strips = [
+        J.pull(columns.mT.to(J.dtype)).double() * scale.unsqueeze(1)
+        for columns, scale in zip(directions.split(some, 1), scales.split(some, 1), strict=True)
+    ]
+    return linalg.fro_norm(torch.stack([linalg.fro_norm(strip) for strip in strips], -1)[:, None])
 
 
 def finite(norms: Tensor) -> Tensor:
@@ -88,18 +143,9 @@ def finite(norms: Tensor) -> Tensor:
     return norms
 
 
-def quantity(model: Callable[[Tensor], Any], of: str) -> Callable[[Tensor], Any]:
-    """The map whose Jacobian is asked for."""
-    if of not in QUANTITIES:
-        raise InputError(f'of expects "probabilities" or "logits", got {of!r}')
-    if not callable(model):
-        raise InputError(f"expected a model or function, got {type(model).__name__}")
-    return model if of == "logits" else lambda x: probabilities(checked_logits(model(x)))
-
-
 def checked_logits(logits: Any) -> Tensor:
     """Refuse an output that is not logits of at least two classes, (B, C, ...)."""
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise InputError(
             f"expected one tensor of logits (B, C, ...), got {_kind(logits)}; wrap the model in a "
             'function that returns them, or ask for of="logits", which takes any output'
@@ -113,28 +159,39 @@ def checked_logits(logits: Any) -> Tensor:
 
 
 def _kind(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return str(output.dtype)
     leaves = [leaf for leaf in Structure.of(output)[0] if isinstance(leaf, Tensor)]
     return f"{type(output).__name__} of {len(leaves)} tensors"
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    r"""The softmax over dimension 1 in double precision, with derivatives exact where it saturates.
+def softmax_jacobian(logits: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The Jacobian of softmax, row by row as a scale and a direction of size one.
 
-    The backward pass of softmax forms p_t (1 - p_t), which is all rounding once p_t is nearly 1.
-    With d_j = z_j - z_t for the largest logit z_t and d_t = 0 a constant, nothing cancels:
+    Its rows are :math:`p_i (e_i - p)`. Where p_t is nearly 1, p_t (e_t - p) is all rounding, and
+    squares of the others vanish. With :math:`d_j = z_j - z_t \le 0` and the sum s of
+    :math:`e^{d_j}` over j other than t nothing cancels:
 
     .. math::
-        \log p_t = -\log(1 + \sum_{j \ne t} e^{d_j}), \quad p_j = e^{d_j} p_t
+        p_t = \frac{1}{1 + s}, \quad p_j = e^{d_j} p_t, \quad
+        p_t (e_t - p) = s p_t^2 (e_t - q), \quad q_j = e^{d_j} / s
+
+    Returns:
+        Of logits (B, C, R) scales (B, R, C) and directions (B, R, C, C), in double precision.
     """
-    logits = logits.double()
-    top = _first_largest(logits.detach())
-    largest = logits.masked_fill(~top, 0.0).sum(1, keepdim=True)
-    behind = (logits - largest).masked_fill(top, 0.0)
-    others = behind.exp().masked_fill(top, 0.0).sum(1, keepdim=True)
-    return (behind - others.log1p()).exp()
+    z = logits.double().movedim(1, -1)
+    top = _first_largest(z.detach())
+    largest = z.masked_fill(~top, 0.0).sum(-1, keepdim=True)
+    behind = (z - largest).clamp_min(LEAST).masked_fill(top, 0.0)
+    others = behind.exp().masked_fill(top, 0.0).sum(-1, keepdim=True)
+    shares = (behind - others.log1p()).exp()
+    rivals = behind.masked_fill(top, -torch.inf).softmax(-1)
+    means = torch.where(top.unsqueeze(-1), rivals.unsqueeze(-2), shares.unsqueeze(-2))
+    units = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    return torch.where(top, others * shares.square(), shares), units - means
 
 
 def _first_largest(logits: Tensor) -> Tensor:
-    """A mask of one largest entry along dimension 1; of several that are equal, the first."""
-    equal = logits == logits.amax(1, keepdim=True)
-    return equal & (equal.cumsum(1) == 1)
+    """A mask of the largest entry along the last dimension, the first of several."""
+    equal = logits == logits.amax(-1, keepdim=True)
+    return equal & (equal.cumsum(-1) == 1)

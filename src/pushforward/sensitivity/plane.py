@@ -13,7 +13,7 @@ from pushforward.derivatives import jacobian
 from pushforward.errors import InputError, ShapeError
 from pushforward.sensitivity.batches import budget, over_samples
 from pushforward.sensitivity.circle import check_points
-from pushforward.sensitivity.norms import finite, quantity
+from pushforward.sensitivity.norms import check_request, norm_of
 from pushforward.sensitivity.picture import Grid, plot
 
 # Around the three points, as a part of what they span.
@@ -88,17 +88,18 @@ def decision_map(
     """
     check_points((a, b, c), "decision_map")
     _check_resolution(resolution)
-    function = quantity(model, of)
+    check_request(model, of)
     axes, anchors = _plane(torch.stack((a, b, c)).detach().flatten(1).double())
     u, v = _window(anchors, resolution)
     shifts = torch.cartesian_prod(v, u).flip(1) @ axes
     grid = (a.detach().flatten().double() + shifts).to(a.dtype).reshape(-1, *a.shape)
 
     def measured(rows: slice) -> tuple[Tensor, Tensor]:
-        J = jacobian(function, grid[rows], batch_dim=0, memory=budget(memory))
-        return _decided(J.value), finite(J.fro_norm()).to(a.dtype)
+        J = jacobian(model, grid[rows], batch_dim=0, memory=room)
+        return _decided(J.value), norm_of(J, of, room).to(a.dtype)
 
     with torch.no_grad():
+        room = budget(memory)
         found = over_samples(measured, len(grid), "Decision map", progress)
     classes, norms = (
         torch.cat(part).reshape(resolution, resolution) for part in zip(*found, strict=True)
