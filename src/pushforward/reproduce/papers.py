@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Sequence
 
 from pushforward.errors import InputError
+from pushforward.reproduce.jacobian_regularization import PAPER as JACOBIAN_REGULARIZATION
 from pushforward.reproduce.paper import Paper
 
-_ALL: tuple[Paper, ...] = ()
+_ALL: tuple[Paper, ...] = (JACOBIAN_REGULARIZATION,)
 PAPERS: dict[str, Paper] = {paper.name: paper for paper in _ALL}
 
 

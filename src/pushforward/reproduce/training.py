@@ -15,12 +15,14 @@ CHUNK = 1000  # images that are evaluated at a time
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def mlp(sizes: Iterable[int], dropout: float = 0.0) -> nn.Sequential:
-    """Flattened pixels through linear layers with ReLU, and dropout, between them."""
+def mlp(
+    sizes: Iterable[int], dropout: float = 0.0, activation: Callable[[], nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """Flattened pixels through linear layers with activations, and dropout, between them."""
     steps: list[nn.Module] = [nn.Flatten()]
     for place, (wide, narrow) in enumerate(pairwise(sizes)):
         if place:
-            steps += [nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
+            steps += [activation(), *([nn.Dropout(dropout)] if dropout else [])]
         steps.append(nn.Linear(wide, narrow))
     return nn.Sequential(*steps)
 
