@@ -33,7 +33,7 @@ def jacobian_norm(
     r"""The Frobenius norm of the input-output Jacobian at each sample, exact.
 
     .. math::
-        \|J(x)\|_F = \left(\sum_{i,j} \big(\partial p_i / \partial x_j\big)^2\right)^{1/2},
+        \|J(x)\|_F = \sqrt{\sum_{i,j} (\partial p_i / \partial x_j)^2},
         \quad p = \mathrm{softmax}(z)
 
     or the same of the logits z. Of the probabilities it goes with the generalisation gap of a

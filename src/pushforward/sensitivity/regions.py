@@ -30,7 +30,7 @@ def linear_regions(
     r"""Count, for each step of a path, the units that pass to another of their linear pieces.
 
     .. math::
-        t_i = \#\{\,\text{units } u : c_u(x_{i+1}) \ne c_u(x_i)\,\}, \quad i = 0, \dots, T - 2
+        t_i = \#\{\,\text{units } u : c_u(x_{i+1}) \ne c_u(x_i)\,\}, \quad 0 \le i < T - 1
 
     where the code c_u says on which piece the unit is: 0 or 1 for ReLU and leaky units, 0, 1 or 2
     for ReLU6, hard-tanh and clamps of both sides. A network of such units is linear where no code
