@@ -209,8 +209,10 @@ def in_range(norms: Tensor, dtype: torch.dtype) -> bool:
 
 
 def alike(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether norms are the same up to rounding, which differs with the size of a batch."""
-    slack = torch.finfo(dtype).eps ** 0.5
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=slack, atol=0.0, equal_nan=True
-    )
+    """Whether norms are the same up to rounding, which differs with the size of a batch.
+
+    In short numbers generously: kernels change with the size, and units change sides.
+    """
+    slack = {8: 1e-6, 4: 1e-2}.get(dtype.itemsize, 5e-2)
+    least = torch.finfo(dtype).eps * float(expected.max())
+    return found.shape == expected.shape and torch.allclose(found, expected, slack, least)

@@ -73,22 +73,21 @@ class LightningGainLogger:
             "inputs": inputs,
         }
         self.watch: GainLogger | None = None
-        self._last_step: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as the call that made it, for processes that are spawned."""
         return functools.partial(LightningGainLogger, **self.options), ()
 
+    def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Begin anew: the module, the strategy and the loggers may be others."""
+        self.watch = self._watch(trainer, pl_module)
+
     def on_train_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, *_: Any, **__: Any
     ) -> None:
-        """Measure where it is time to; several batches of one step count once."""
-        if self.watch is None:
-            self.watch = self._watch(trainer, pl_module)
-        step = int(trainer.global_step)
-        if step != self._last_step:
-            self._last_step = step
-            self.watch(batch, step)
+        """Measure where it is time to."""
+        assert self.watch is not None
+        self.watch(batch, int(trainer.global_step))
 
     def _watch(self, trainer: Any, pl_module: nn.Module) -> GainLogger:
         options = dict(self.options)
@@ -119,20 +118,21 @@ def _part(module: nn.Module, name: str | None) -> nn.Module:
 
 def _callback_classes() -> tuple[type, ...]:
     """The classes of the packages that are imported, or else of the first that can be."""
-    loaded = [name for name in _PACKAGES if name in sys.modules]
-    for name in loaded or _PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue
-        loaded = loaded or [name]
-        break
-    if not loaded:
+    loaded = [sys.modules[name] for name in _PACKAGES if sys.modules.get(name) is not None]
+    found = loaded or list(filter(None, map(_imported, _PACKAGES)))[:1]
+    if not found:
         raise MissingDependencyError(
             "LightningGainLogger needs the package 'lightning' or 'pytorch_lightning'; install it "
             "with: pip install 'pushforward[lightning]', or use GainLogger in a loop of your own"
         )
-    return tuple(sys.modules[name].Callback for name in loaded)
+    return tuple(package.Callback for package in found)
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 @functools.cache

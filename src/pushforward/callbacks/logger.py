@@ -51,6 +51,10 @@ class GainLogger:
         inputs: a function from what the hook is called with to the input tensor of the model. None
             takes a tensor as it is, and the first element of a tuple or list.
 
+    Attributes:
+        measurements: how many were made.
+        seconds: the time that they took.
+
     Raises:
         InputError: an argument cannot be worked with.
 
@@ -102,6 +106,7 @@ class GainLogger:
         self._samples, self._directions = samples, directions
         self._gauge: Gauge | None = None
         self._calls = 0
+        self._last_step: int | None = None
         self.measurements = 0
         self.seconds = 0.0
 
@@ -110,7 +115,8 @@ class GainLogger:
 
         Args:
             batch: the input of the model, ``(B, ...)``, or what ``inputs`` takes it from.
-            step: the number of the step; None counts the calls, from 0.
+            step: the number of the step; None counts the calls, from 0. Several batches of one step
+                count once.
 
         Returns:
             What was logged, by name. None where it was not time to, and on all processes but the
@@ -123,10 +129,12 @@ class GainLogger:
         """
         step = self._calls if step is None else step
         self._calls += 1
-        return self.measure(batch, step) if step % self.every == 0 else None
+        due = step % self.every == 0 and step != self._last_step
+        return self.measure(batch, step) if due else None
 
     def measure(self, batch: Any, step: int) -> dict[str, float] | None:
         """Measure and log now, whatever the number of the step."""
+        self._last_step = step
         gauge = self._ready()
         if gauge.alone and not is_first():
             return None
