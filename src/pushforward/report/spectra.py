@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pushforward.sensitivity.dimension import participation as effective_rank
+
 KEPT = 32  # singular values that are kept of each sample
 
 
@@ -27,16 +29,6 @@ def spectra(matrix: Tensor) -> Spectra:
         singular_values=values[:, :KEPT],
         effective_rank=effective_rank(values),
     )
-
-
-def effective_rank(singular_values: Tensor) -> Tensor:
-    """The participation ratio (sum s^2)^2 / sum s^4, (B, k) to (B,); 0 for the zero matrix.
-
-    It is k for k equal singular values and 1 where one of them outweighs the rest.
-    """
-    largest = singular_values.amax(-1, keepdim=True)
-    squares = (singular_values / largest.clamp_min(torch.finfo(largest.dtype).tiny)).square()
-    return squares.sum(-1).square() / squares.square().sum(-1).clamp_min(1)
 
 
 def _solvable(matrix: Tensor) -> Tensor:

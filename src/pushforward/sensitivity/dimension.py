@@ -98,11 +98,12 @@ def _svdvals(J: Jacobian, of: str) -> Tensor:
 def dimensions(values: Tensor, rtol: float) -> EffectiveDimension:
     """Of singular values (B, k), largest first."""
     return EffectiveDimension(
-        _participation(values), _entropy_rank(values), _rank(values.detach(), rtol), values
+        participation(values), _entropy_rank(values), _rank(values.detach(), rtol), values
     )
 
 
-def _participation(values: Tensor) -> Tensor:
+def participation(values: Tensor) -> Tensor:
+    """(sum s^2)^2 / sum s^4 of singular values (B, k); 0 for the zero matrix."""
     squares = _scaled(values).square()
     return squares.sum(-1).square() / _nonzero(squares.square().sum(-1))
 
