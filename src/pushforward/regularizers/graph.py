@@ -18,6 +18,8 @@ RESHAPES = frozenset(
     }
 )
 
+_FEW_CHANNELS = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Between:
@@ -118,6 +120,13 @@ class Convolution:
     weight: Tensor
     input_shape: tuple[int, ...]
     arguments: tuple[Any, ...]
+
+    @property
+    def has_few_inputs(self) -> bool:
+        """Whether it has few input channels, on a CPU: an image."""
+        *_, transposed, _, groups = self.arguments
+        few = self.weight.shape[1] * groups <= _FEW_CHANNELS
+        return few and not transposed and self.weight.device.type == "cpu"
 
 
 def first_layer(between: Between, batch: int) -> Affine | Convolution | None:

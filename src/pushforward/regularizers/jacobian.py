@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pushforward.errors import InputError
-from pushforward.regularizers.graph import Affine
+from pushforward.regularizers.graph import Affine, Convolution
 from pushforward.regularizers.pair import Pair
-from pushforward.regularizers.products import squared_norm_of_product
+from pushforward.regularizers.products import squared_norm_of_product, squared_norm_of_transposed
 from pushforward.regularizers.randomness import (
     Penalty,
     Source,
@@ -137,17 +137,26 @@ def all_outputs(y: Tensor) -> Tensor:
 
 def _exact(pair: Pair) -> Tensor:
     chosen = all_outputs(pair.y)
-    total, rows, place = _squared_norm(pair, chosen)
-    pair.refuse_other_than(rows, place, chosen)
+    total, blocks, place = _squared_norm(pair, chosen)
+    pair.refuse_other_than(blocks, place, chosen)
     return total
 
 
-def _squared_norm(pair: Pair, cotangents: Tensor) -> tuple[Tensor, Tensor, Any]:
+def _squared_norm(pair: Pair, cotangents: Tensor) -> tuple[Tensor, list[Tensor], Any]:
     """The sum of |u^T J|^2 over samples and cotangents; and what was pulled, to which place."""
+    place, norm = _stop(pair, len(cotangents))
+    # Cotangents that go one by one stay in the cache up to the end.
+    groups = [cotangents] if pair.batched else cotangents.split(1)
+    blocks = [pair.pull_to([place], group)[0] for group in groups]
+    return torch.stack([norm(block) for block in blocks]).sum(), blocks, place
+
+
+def _stop(pair: Pair, count: int) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """How far to pull cotangents back, and what the squared norm at x then is."""
     first = pair.first
-    if isinstance(first, Affine) and len(cotangents) > 1:
-        (rows,) = pair.pull_to([first.edge], cotangents)
-        total = squared_norm_of_product(rows.reshape(-1, len(first.weight)), first.weight)
-        return total, rows, first.edge
-    rows = pair.pull(cotangents)
-    return rows.square().sum(), rows, pair.x
+    if isinstance(first, Affine) and count > 1:
+        width, weight = len(first.weight), first.weight
+        return first.edge, lambda rows: squared_norm_of_product(rows.reshape(-1, width), weight)
+    if isinstance(first, Convolution) and first.has_few_inputs:
+        return first.edge, lambda rows: squared_norm_of_transposed(rows.flatten(0, 1), first)
+    return pair.x, lambda rows: rows.square().sum()

@@ -23,7 +23,8 @@ from pushforward.errors import (
 from pushforward.passes import gradients_of
 from pushforward.purity import RandomState
 from pushforward.regularizers.graph import Affine, Between, Convolution, first_layer
-from pushforward.tape import explained, op_name, record
+from pushforward.regularizers.kinks import Evaluated
+from pushforward.tape import explained, op_name, record, take_census
 
 # Kernels without a second derivative, by what their nodes are called.
 _FUSED_ATTENTION = ("FlashAttention", "EfficientAttention", "CudnnAttention")
@@ -59,14 +60,19 @@ class Pair:
         return pair
 
     @staticmethod
-    def made(model: Callable[[Tensor], Any], x: Any, state: RandomState, named: Any = None) -> Pair:
-        """Evaluate a model; nothing of it stays visible. ``named`` has the names of layers."""
+    def made(
+        model: Callable[[Tensor], Any],
+        x: Any,
+        state: RandomState,
+        owner: nn.Module | None = None,
+    ) -> Pair:
+        """Evaluate a model; nothing of it stays visible. ``owner`` is the module that runs."""
         _check_model(model)
         _check_input(x)
-        tape = record(model, Arguments.of((x,), 0, 0), 0, state)
+        tape = record(Evaluated(model, owner), Arguments.of((x,), 0, 0), 0, state)
         _check_output(tape.value, len(x))
         y = tape.outputs[0]
-        norms = _coupling_norms(model if named is None else named, tape.loan.modules)
+        norms = _coupling_norms(model if owner is None else owner, tape.loan.modules)
         return Pair(tape.inputs[0], y, Between.of(y, tape.inputs[0]), norms)
 
     @property
@@ -81,6 +87,17 @@ class Pair:
     def first(self) -> Affine | Convolution | None:
         """The layer that x goes into first, where that is linear."""
         return first_layer(self.between, self.batch)
+
+    @cached_property
+    def batched(self) -> bool:
+        """Whether several cotangents go through one backward pass, rather than one by one.
+
+        On a CPU convolutions gain nothing from that, and lose what stays in the cache.
+        """
+        start = None if self.first is None else self.first.edge.node
+        names = {name for node, name in self.between.names.items() if node is not start}
+        convolved = "ConvolutionBackward0" in names and self.y.device.type == "cpu"
+        return not convolved and take_census((self.y,), (self.x,)).vmappable
 
     def of_probabilities(self) -> Pair:
         """The same with softmax over dimension 1 behind it."""
@@ -105,7 +122,7 @@ class Pair:
         seeds = cotangents.reshape(-1, *self.y.shape)
         try:
             if len(seeds) > 1:
-                return gradients_of((self.y,), places, [seeds], len(seeds), create, True)[0]
+                return gradients_of((self.y,), places, [seeds], len(seeds), create, self.batched)[0]
             found = torch.autograd.grad(
                 self.y, places, seeds[0], retain_graph=True, create_graph=create
             )
@@ -118,25 +135,25 @@ class Pair:
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(1, self.batch, self.outputs, generator=generator)
         cotangent = cotangent.to(self.y.device, self.y.dtype)
-        self.refuse_other_than(self.pull(cotangent, graph=False), self.x, cotangent)
+        self.refuse_other_than([self.pull(cotangent, graph=False)], self.x, cotangent)
 
-    def refuse_other_than(self, rows: Tensor, place: Any, cotangents: Tensor) -> None:
-        """Raise unless ``rows``, to which cotangents ``(k, B, C)`` were pulled, scale with them
-        sample by sample."""
+    def refuse_other_than(self, blocks: Sequence[Tensor], place: Any, cotangents: Tensor) -> None:
+        """Raise unless blocks of rows, to which cotangents ``(k, B, C)`` were pulled, scale with
+        them sample by sample."""
         if self.batch < 2:
             return
         generator = torch.Generator().manual_seed(1)
-        weights = torch.rand(len(rows) + self.batch, generator=generator) + 0.5
+        weights = torch.rand(len(cotangents) + self.batch, generator=generator) + 0.5
         # One weight for each sample tells any two apart; one for each row keeps rows apart.
-        weights = torch.outer(weights[: len(rows)], weights[len(rows) :]).to(
-            rows.device, rows.dtype
-        )
+        weights = torch.outer(weights[: len(cotangents)], weights[len(cotangents) :]).to(blocks[0])
+        # What is sent to another sample has a component along a random vector.
+        look = torch.randn(blocks[0][0].numel() // self.batch, generator=generator).to(blocks[0])
         with torch.no_grad():
             mixed = (weights.unsqueeze(-1) * cotangents).sum(0, keepdim=True)
-            came = self.pull_to([place], mixed, graph=False)[0].reshape(self.batch, -1)
-            parts = rows.detach().reshape(len(rows), self.batch, -1)
-            expected = torch.einsum("kb,kbn->bn", weights, parts)
-            scale = torch.einsum("kb,kbn->bn", weights, parts.abs()).amax()
+            came = self.pull_to([place], mixed, graph=False)[0].reshape(self.batch, -1) @ look
+            rows = [block.detach().reshape(len(block), self.batch, -1) @ look for block in blocks]
+            seen = weights * torch.cat(rows)
+            expected, scale = seen.sum(0), seen.abs().amax() * len(seen)
         if not agree(came, expected, scale, double=1e-9):
             raise CouplingError(self.coupling_message())
 
