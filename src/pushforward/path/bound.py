@@ -22,7 +22,7 @@ from pushforward.path.groups import exact_groups
 from pushforward.path.norms import CERTIFIED, Spending, StepNorm, step_norm
 from pushforward.path.pull import Passes
 from pushforward.path.record import Call, Crossing, recorded_calls
-from pushforward.path.samples import separable
+from pushforward.path.samples import Known, separable, separable_from_output
 from pushforward.path.sampling import checked_probes, estimated, log_sampled
 from pushforward.path.steps import Step, borders, checked_layers, matches, steps_between
 from pushforward.tape import Tape, record
@@ -168,8 +168,8 @@ def path_bound(
     chosen = secrets.randbits(32) if seed is None else int(seed)
     generator = torch.Generator().manual_seed(chosen)
     with torch.inference_mode(False), torch.no_grad():
-        journey, notes = _travel(model, x, batch_dim, patterns)
-        found = _gains(journey, probes, generator)
+        journey, notes = _travel(model, x, batch_dim, patterns, bool(wanted))
+        found = _gains(journey, probes, bool(wanted), generator)
         measured = _measured(journey, wanted, limits, generator) if wanted else None
         whole = _log_spectral_norm(journey, found, measured is not None and probes is None)
     drew = probes is not None or (measured is not None and _drew(measured))
@@ -184,6 +184,7 @@ class Journey:
     steps: tuple[Step, ...]
     passes: Passes
     batch: int | None
+    known: Known | None
 
     @property
     def samples(self) -> int:
@@ -191,7 +192,11 @@ class Journey:
 
 
 def _travel(
-    model: nn.Module, x: Tensor, batch_dim: int | None, patterns: tuple[str, ...] | None
+    model: nn.Module,
+    x: Tensor,
+    batch_dim: int | None,
+    patterns: tuple[str, ...] | None,
+    thorough: bool,
 ) -> tuple[Journey, tuple[str, ...]]:
     """Evaluate a model once and cut it into steps."""
     with recorded_calls(model) as calls:
@@ -199,11 +204,14 @@ def _travel(
     start, output = Crossing.of(tape.inputs[0]), _end(tape)
     passes = Passes(batched=tape.census.vmappable)
     marks = borders(calls, cuts(output.node, start.node), patterns)
-    if batch_dim == 0:
+    known = None
+    if batch_dim == 0 and thorough:
         marks = separable(passes, tape, start, marks, output)
+    elif batch_dim == 0:
+        marks, known = separable_from_output(passes, tape, start, marks, output)
     steps = tuple(steps_between(start, marks, output, calls))
     batch = x.shape[0] if batch_dim == 0 else None
-    return Journey(tape, steps, passes, batch), _merged(patterns, calls, steps)
+    return Journey(tape, steps, passes, batch, known), _merged(patterns, calls, steps)
 
 
 def _end(tape: Tape) -> Crossing:
@@ -242,10 +250,11 @@ def _merged(
     return (f"merged, since other paths lead around them: {', '.join(inside)}",)
 
 
-def _gains(journey: Journey, probes: int | None, generator: torch.Generator) -> Gains:
+def _gains(journey: Journey, probes: int | None, ranks: bool, generator: torch.Generator) -> Gains:
     """Exact gains and singular values, or an estimate of the gains with intervals."""
     if probes is None:
-        found = sensitivities(journey.passes, journey.steps, journey.samples)
+        steps, samples, known = journey.steps, journey.samples, journey.known
+        found = sensitivities(journey.passes, steps, samples, ranks, known)
         logs = gains(found.logs)
         return Gains(logs, logs.sum(dim=0), found.spectrum)
     guess = estimated(journey.passes, journey.steps, journey.samples, probes, generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from pushforward.errors import DifferentiationError
 from pushforward.path.pull import Passes, blocks, sample_norms, unit_vectors
 from pushforward.path.record import Crossing
+from pushforward.path.samples import Known, orthonormal
 from pushforward.path.spectra import MOST_ROWS, Spectrum, joined, spectrum
 from pushforward.path.steps import Step
 
@@ -23,41 +24,67 @@ MOST_BYTES = 2**28
 class Sensitivities:
     """log ||d out / d h_l||_F for the tensor before each step, ``(steps, samples)``.
 
-    ``spectrum`` is None where outputs are too many for it.
+    ``spectrum`` is None where outputs are too many for it; it holds the input alone, (1, samples),
+    where that was all that was asked for.
     """
 
     logs: Tensor
     spectrum: Spectrum | None
 
 
-def sensitivities(passes: Passes, steps: Sequence[Step], samples: int) -> Sensitivities:
-    """Find the norms and singular values of d out / d h at every place.
+def sensitivities(
+    passes: Passes,
+    steps: Sequence[Step],
+    samples: int,
+    ranks: bool = True,
+    known: Known | None = None,
+) -> Sensitivities:
+    """Find the norms of d out / d h at every place, and singular values there or at the input.
 
-    One backward pass per output, which all tensors take their gradients from. Where these leave
-    the range in which their dtype is accurate, the passes are repeated step by step.
+    One backward pass per output, which all tensors take their gradients from; where one is
+    ``known``, the others go through directions orthogonal to it. Where gradients leave the range
+    in which their dtype is accurate, the passes are repeated step by step.
     """
-    found = _at_once(passes, steps, samples)
+    found = _at_once(passes, steps, samples, ranks, known)
     return _step_by_step(passes, steps, samples) if found is None else found
 
 
-def _at_once(passes: Passes, steps: Sequence[Step], samples: int) -> Sensitivities | None:
+def _at_once(
+    passes: Passes, steps: Sequence[Step], samples: int, ranks: bool, known: Known | None
+) -> Sensitivities | None:
+    places = [step.start for step in steps]
+    squares = torch.zeros(len(steps), samples, dtype=torch.float64, device=steps[-1].stop.device)
+    count = math.prod(steps[-1].stop.shape) // samples
+    several = ranks and _can_keep(count, places)
+    kept = [] if several or _can_keep(count, places[:1]) else None
+    for rows in _all_rows(passes, steps, samples, known):
+        norms = torch.stack([sample_norms(part, samples) for part in rows])
+        squares += norms.square()
+        if not accurate(squares.sqrt(), places):
+            return None
+        if kept is not None:
+            kept.append(rows if several else rows[:1])
+    logs = squares.log() / 2
+    return Sensitivities(logs, None if kept is None else _spectra(kept, squares.sqrt(), samples))
+
+
+def _all_rows(
+    passes: Passes, steps: Sequence[Step], samples: int, known: Known | None
+) -> Iterator[list[Tensor]]:
+    """Rows of d out / d h at every place, in some orthonormal basis of the output, by blocks."""
     output, places = steps[-1].stop, [step.start for step in steps]
-    squares = torch.zeros(len(steps), samples, dtype=torch.float64, device=output.device)
     like = torch.empty(0, dtype=output.dtype, device=output.device)
     size = passes.rows_per_pass(output.shape, *(place.shape for place in places), like=like)
     count = math.prod(output.shape) // samples
-    kept = [] if _can_keep(count, places) else None
-    for first in range(0, count, size):
-        seeds = unit_vectors(output, samples, first, min(first + size, count))
-        rows = passes.pull_to_all(output, places, seeds)
-        norms = torch.stack([sample_norms(part, samples) for part in rows])
-        squares += norms.square()
-        if not _accurate(squares.sqrt(), places):
-            return None
-        if kept is not None:
-            kept.append(rows)
-    logs = squares.log() / 2
-    return Sensitivities(logs, None if kept is None else _spectra(kept, squares.sqrt(), samples))
+    if known is not None:
+        yield [known.rows[place.node] for place in places]
+    for first in range(0 if known is None else 1, count, size):
+        last = min(first + size, count)
+        if known is None:
+            seeds = unit_vectors(output, samples, first, last)
+        else:
+            seeds = orthonormal(output, samples, known.direction, first, last)
+        yield passes.pull_to_all(output, places, seeds)
 
 
 def _can_keep(count: int, places: Sequence[Crossing]) -> bool:
@@ -67,17 +94,18 @@ def _can_keep(count: int, places: Sequence[Crossing]) -> bool:
 
 
 def _spectra(kept: list[list[Tensor]], norms: Tensor, samples: int) -> Spectrum:
-    places = zip(zip(*kept, strict=True), norms, strict=True)
+    places = zip(zip(*kept, strict=True), norms, strict=False)
     return joined([spectrum(torch.cat(parts), row, samples) for parts, row in places])
 
 
-def _accurate(norms: Tensor, places: Sequence[Crossing]) -> bool:
-    """Whether gradients of these norms are far from underflow and overflow; 0 may have been one."""
-    for row, place in zip(norms, places, strict=True):
-        tiny = torch.finfo(place.dtype).tiny ** 0.5
-        if place.dtype.itemsize < 4 or not bool(((row > tiny) & (row < 1 / tiny)).all()):
-            return False
-    return True
+def accurate(norms: Tensor, places: Sequence[Crossing]) -> bool:
+    """Whether gradients of these norms, ``(..., places, samples)``, are far from underflow and
+    overflow; 0 may have been one."""
+    if any(place.dtype.itemsize < 4 for place in places):
+        return False
+    tiny = [torch.finfo(place.dtype).tiny ** 0.5 for place in places]
+    bounds = torch.tensor(tiny, dtype=norms.dtype, device=norms.device)[:, None]
+    return bool(((norms > bounds) & (norms < 1 / bounds)).all())
 
 
 def _step_by_step(passes: Passes, steps: Sequence[Step], samples: int) -> Sensitivities:

@@ -159,6 +159,10 @@ def sample_norms(rows: Tensor, samples: int) -> Tensor:
     flat = rows.reshape(len(rows), samples, math.prod(rows.shape[1:]) // samples)
     if rows.dtype == torch.float32:
         norms = _norms_of_rows(flat, torch.float32)
+        if norms.numel():
+            low, high = norms.aminmax()
+            if low > TINY and high < 1 / TINY:
+                return norms[0] if len(norms) == 1 else norms.norm(dim=0)
         zero = norms == 0
         safe = zero | ((norms > TINY) & (norms < 1 / TINY))
         if safe.all() and not flat[zero].any():

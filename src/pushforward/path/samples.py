@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from pushforward.checks import coupling_message
 from pushforward.errors import CouplingError
-from pushforward.path.pull import Passes
+from pushforward.path.pull import TINY, Passes
 from pushforward.path.record import Crossing
 from pushforward.path.steps import Border
 from pushforward.tape import Tape
@@ -47,6 +49,80 @@ def separable(
     raise CouplingError(coupling_message(tape))
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """One direction of the output, ``(m,)``, and its products with d out / d h at some nodes."""
+
+    direction: Tensor
+    rows: dict[Node, Tensor]
+
+
+def separable_from_output(
+    passes: Passes, tape: Tape, start: Crossing, marks: Sequence[Border], output: Crossing
+) -> tuple[list[Border], Known | None]:
+    """Return the marks at which the gradient of the output keeps the samples apart.
+
+    That is all that gains need, and takes two passes, of which they can use the first; what steps
+    do that the output forgets goes unseen. Where gradients leave the range of their dtype, the
+    steps are checked one by one.
+
+    Raises:
+        CouplingError: samples influence each other even from input to output.
+    """
+    samples = start.shape[0]
+    inside = [mark for mark in marks if _leading(mark.place) == samples]
+    if samples == 1:
+        return inside, None
+    places = [start, *(mark.place for mark in inside)]
+    direction = _direction(math.prod(output.shape) // samples)
+    plain = direction.to(output.device, output.dtype).expand(samples, -1).reshape(output.shape)
+    seeds = torch.cat([plain[None], plain * scales(output)])
+    gradients = passes.pull_to_all(output, places, seeds)
+    found = zip(gradients, places, strict=True)
+    apart = [_clearly_apart(gradient, scales(place)) for gradient, place in found]
+    if None in apart:
+        return separable(passes, tape, start, marks, output), None
+    if not apart[0]:
+        raise CouplingError(coupling_message(tape))
+    known = {place.node: rows[:1] for place, rows in zip(places, gradients, strict=True)}
+    kept = [mark for mark, fits in zip(inside, apart[1:], strict=True) if fits]
+    return kept, Known(direction, known)
+
+
+def _direction(size: int) -> Tensor:
+    """A unit vector without small entries."""
+    draw = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    draw = draw + draw.sign() / 2
+    return draw / draw.norm()
+
+
+def orthonormal(place: Crossing, samples: int, direction: Tensor, first: int, last: int) -> Tensor:
+    """Rows ``first`` to ``last`` of an orthogonal matrix that starts with ``direction``.
+
+    It reflects the first unit vector to ``direction`` (Householder), the same in each sample.
+    """
+    size = len(direction)
+    rows = torch.zeros(last - first, size, dtype=torch.float64)
+    rows.diagonal(first).fill_(1)
+    normal = -direction
+    normal[0] += 1
+    length = normal.square().sum()
+    if length > 0:
+        rows = rows - torch.outer(normal[first:last] * (2 / length), normal)
+    rows = rows.to(place.device, place.dtype)
+    return rows.unsqueeze(1).expand(-1, samples, -1).reshape(last - first, *place.shape)
+
+
+def _clearly_apart(gradients: Tensor, factors: Tensor) -> bool | None:
+    """The same as `kept_apart`; None where a gradient is so small or large that nothing is."""
+    expected = gradients[0] * factors
+    size = _sample_norms(expected)
+    tiny = torch.finfo(gradients.dtype).tiny ** 0.5
+    if not bool(((size > tiny) & (size < 1 / tiny)).all()):
+        return None
+    return bool((_sample_norms(expected.sub_(gradients[1:])) <= _slack(gradients) * size).all())
+
+
 def _leading(place: Crossing) -> int | None:
     return place.shape[0] if place.shape else None
 
@@ -69,9 +145,8 @@ def scales(place: Crossing | Tensor) -> Tensor:
 def scaled_seeds(place: Crossing) -> Tensor:
     """A cotangent of random numbers, and the same scaled sample by sample in a few ways."""
     source = torch.Generator().manual_seed(0)
-    plain = torch.rand(place.shape, generator=source).add_(0.5).to(place.device, place.dtype)
-    signs = torch.rand(place.shape, generator=source).to(place.device) < 0.5
-    plain = torch.where(signs, plain, -plain)
+    draw = torch.rand(place.shape, generator=source).sub_(0.5)
+    plain = (draw + draw.sign() / 2).to(place.device, place.dtype)
     return torch.cat([plain[None], plain * scales(place)])
 
 
@@ -83,13 +158,22 @@ def kept_apart(gradients: Tensor, factors: Tensor) -> bool:
     expected = gradients[0] * factors
     if not expected.isfinite().all():
         return True
-    slack = min(1e3 * torch.finfo(gradients.dtype).eps, 0.02)
-    error = _sample_norms(gradients[1:] - expected)
-    return bool((error <= slack * _sample_norms(expected)).all())
+    size = _sample_norms(expected)
+    return bool((_sample_norms(expected.sub_(gradients[1:])) <= _slack(gradients) * size).all())
+
+
+def _slack(gradients: Tensor) -> float:
+    return min(1e3 * torch.finfo(gradients.dtype).eps, 0.02)
 
 
 def _sample_norms(rounds: Tensor) -> Tensor:
-    return rounds.reshape(*rounds.shape[:2], math.prod(rounds.shape[2:])).double().norm(dim=-1)
+    """In the dtype itself where squares neither underflow nor overflow in it."""
+    flat = rounds.reshape(*rounds.shape[:2], math.prod(rounds.shape[2:]))
+    if rounds.dtype == torch.float32:
+        norms = torch.linalg.vector_norm(flat, dim=-1)
+        if bool(((norms > TINY) & (norms < 1 / TINY)).all()):
+            return norms.double()
+    return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
 
 
 def _of_size_one(gradient: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from torch import Tensor
 from pushforward.errors import InputError
 from pushforward.estimate import student_quantile
 from pushforward.path.dense import width
-from pushforward.path.gains import followed
+from pushforward.path.gains import accurate, followed
 from pushforward.path.gains import gains as telescoped
 from pushforward.path.pull import Passes, sample_norms
-from pushforward.path.record import Crossing
 from pushforward.path.steps import Step
 
 CONFIDENCE = 0.95
@@ -60,7 +59,7 @@ def _rows_at_all(passes: Passes, steps: Sequence[Step], samples: int, seeds: Ten
     places = [step.start for step in steps]
     rows = passes.pull_to_all(steps[-1].stop, places, seeds)
     norms = torch.stack([_row_norms(part, samples) for part in rows], dim=1)
-    if _accurate(norms, places):
+    if accurate(norms, places):
         return norms.log()
     each = [followed(passes, steps, samples, seed[None]) for seed in seeds]
     return torch.stack(each)
@@ -68,14 +67,6 @@ def _rows_at_all(passes: Passes, steps: Sequence[Step], samples: int, seeds: Ten
 
 def _row_norms(rows: Tensor, samples: int) -> Tensor:
     return torch.stack([sample_norms(row[None], samples) for row in rows])
-
-
-def _accurate(norms: Tensor, places: Sequence[Crossing]) -> bool:
-    """Whether the gradients are far from underflow and overflow."""
-    tiny = torch.tensor([torch.finfo(place.dtype).tiny ** 0.5 for place in places])
-    bounds = tiny.to(norms)[None, :, None]
-    wide = all(place.dtype.itemsize >= 4 for place in places)
-    return wide and bool(((norms > bounds) & (norms < 1 / bounds)).all())
 
 
 def _interval(logs: Tensor, probes: int, confidence: float = CONFIDENCE) -> tuple[Tensor, Tensor]:
