@@ -209,6 +209,23 @@ class TestValues:
         for _ in range(2):
             assert watch(x) == pytest.approx(expected(model, x), rel=1e-4)
 
+    def test_bfloat16(self) -> None:
+        """By autocast, and in parameters: as good as such numbers are."""
+        model, x = seeded(Conv()).float(), normal(8, 1, 6, 6).float()
+        goal = expected(model, x)
+        watch = GainLogger(model, every=1, top=None, samples=8)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [watch(x), watch(x)]
+        short = GainLogger(copy.deepcopy(model).bfloat16(), every=1, top=None, samples=8)
+        for each in (*found, short(x.bfloat16()), short(x.bfloat16())):
+            assert each == pytest.approx(goal, rel=0.1)
+
+    def test_jacobian_that_is_not_finite(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        model[0].weight.data[0, 0] = math.nan
+        with pytest.raises(pf.errors.DifferentiationError, match="NaN in step '0'"):
+            GainLogger(model)(torch.ones(3, 2))
+
     def test_output_that_depends_on_nothing(self) -> None:
         class Constant(nn.Module):
             def forward(self, x: Tensor) -> Tensor:

@@ -102,16 +102,18 @@ class Gauge:
         return self._reading(torch.cat(norms, dim=1), samples, cotangents)
 
     def _pass(self, samples: Tensor, cotangents: Tensor) -> Tensor | None:
-        """Norms at the beginning of each step, (steps, cotangents, samples)."""
+        """Norms at the beginning of each step, (steps, cotangents, samples); NaN out of range."""
         assert self._route is not None
         rows, seeds = paired(samples, cotangents)
         passage = self._route.follow(self.model, rows)
         if passage is None or passage.graph != self._graph or passage.output.shape != seeds.shape:
             return None
-        return passage.norms(seeds).unflatten(1, (len(cotangents), len(samples)))
+        norms, dtype = passage.norms(seeds)
+        norms = norms if in_range(norms, dtype) else torch.full_like(norms, torch.nan)
+        return norms.unflatten(1, (len(cotangents), len(samples)))
 
     def _reading(self, norms: Tensor, samples: Tensor, cotangents: Tensor) -> Reading:
-        if not in_range(norms, samples.dtype):
+        if norms.isnan().any():
             return self._carefully(samples)
         logs = torch.linalg.vector_norm(norms, dim=1).log()
         return Reading(self._names, gains(logs), len(cotangents) == self._outputs)
@@ -136,11 +138,13 @@ class Gauge:
         samples, cotangents = x[: plan.samples], directions(self._outputs, plan.directions, seed)
         rows, seeds = paired(samples, cotangents[: max(1, ROWS * batch // len(samples))])
         whole = survey(self.model, rows, self.layers)
-        norms = whole.passage.norms(seeds)
+        norms, dtype = whole.passage.norms(seeds)
+        if not in_range(norms, dtype):
+            return self._carefully(samples)
         chosen = self._apart(whole, norms, rows, seeds)
         route, begins = whole.route(chosen)
         passage = route.follow(self.model, rows)
-        if passage is None or not alike(passage.norms(seeds), norms[begins], rows.dtype):
+        if passage is None or not alike(passage.norms(seeds)[0], norms[begins], dtype):
             self._route = None
             return self._carefully(samples)
         self._route, self._graph = route, passage.graph
@@ -156,11 +160,12 @@ class Gauge:
         """
         row = int(norms[0].argmax())
         single = survey(self.model, rows[row : row + 1], self.layers)
-        alone = dict(zip(single.ends, single.passage.norms(seeds[row : row + 1]), strict=True))
+        found, dtype = single.passage.norms(seeds[row : row + 1])
+        alone = dict(zip(single.ends, found, strict=True))
         same = [
             number
             for number, end in enumerate(whole.ends)
-            if end in alone and alike(alone[end], norms[number, row : row + 1], rows.dtype)
+            if end in alone and alike(alone[end], norms[number, row : row + 1], dtype)
         ]
         if same[:1] != [0]:
             raise CouplingError(

@@ -44,15 +44,20 @@ class Passage:
     edges: tuple[GradientEdge, ...]
     graph: tuple[str, ...]
 
-    def norms(self, cotangents: Tensor) -> Tensor:
-        """Norms of the rows of the gradients at each edge, (edges, rows), in float64."""
+    def norms(self, cotangents: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Norms of the rows of the gradients at each edge, (edges, rows), in float64.
+
+        And the shortest dtype on the way, which says how accurate they are.
+        """
         gradients = torch.autograd.grad(
             self.output, self.edges, cotangents.to(self.output), allow_unused=True
         )
+        dtypes = [self.output.dtype, *(each.dtype for each in gradients if each is not None)]
         norms = torch.stack([_row_norms(each, self.output) for each in gradients])
-        if bool(((norms > TINY) & (norms < 1 / TINY)).all()):
-            return norms
-        return torch.stack([_row_norms(each, self.output, torch.float64) for each in gradients])
+        if not bool(((norms > TINY) & (norms < 1 / TINY)).all()):
+            wide = [_row_norms(each, self.output, torch.float64) for each in gradients]
+            norms = torch.stack(wide)
+        return norms, min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 @dataclass(frozen=True, eq=False)
