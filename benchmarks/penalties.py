@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def peer_from(path: Path | None) -> Callable[[int], nn.Module]:
     if path is None:
         return PublishedPenalty
     spec = importlib.util.spec_from_file_location("peer", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.JacobianReg
@@ -67,14 +69,14 @@ def network(name: str) -> nn.Module:
     if name == "lenet":
         return models.LeNet()
     sizes = (784, 200, 200, 10)
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
 def steps(name: str, peer: Callable[[int], nn.Module]) -> dict[str, timing.Contender]:
     """Training steps by name, each on a network of its own."""
     penalty = pf.regularizers.JacobianPenalty
-    made = {
+    return {
         "plain": _step(name),
         "peer, 1 projection": _step(name, pair=peer(1)),
         "one projection (x, y)": _step(name, pair=penalty(1)),
@@ -88,7 +90,6 @@ def steps(name: str, peer: Callable[[int], nn.Module]) -> dict[str, timing.Conte
         "noise penalty (model, x)": _step(name, own=pf.regularizers.NoisePenalty(0.1)),
         "noise on activations": _step(name, noise=True),
     }
-    return made
 
 
 def _step(

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Evaluated:
-    """A model whose rectifiers and max pooling run as those here do, and whose compiled parts run uncompiled.
+    """A model with the rectifiers and the max pooling of this module, and nothing compiled.
 
     ``__self__`` says, as it does for a method, which module it is that runs.
     """

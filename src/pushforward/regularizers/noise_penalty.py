@@ -11,10 +11,10 @@ from torch.autograd.graph import GradientEdge
 
 from pushforward.errors import InputError, ShapeError
 from pushforward.path.record import Crossing
-from pushforward.regularizers.jacobian import all_outputs
+from pushforward.regularizers.jacobian import all_outputs, stop
 from pushforward.regularizers.pair import Pair
 from pushforward.regularizers.randomness import Penalty, Source, checked_projections
-from pushforward.regularizers.sites import Layers, Sigma, Sites
+from pushforward.regularizers.sites import INPUT, Layers, Sigma, Sites
 from pushforward.tape import explained, nodes_behind
 
 _LOSSES = ("cross_entropy", "mse")
@@ -117,7 +117,9 @@ class NoisePenalty(Penalty):
 class _Evaluation:
     """A model at a point, with the places where its noise would go."""
 
-    def __init__(self, pair: Pair, places: Sequence[Crossing], variances: Sequence[float]) -> None:
+    def __init__(
+        self, pair: Pair, places: Sequence[tuple[str, Crossing]], variances: Sequence[float]
+    ) -> None:
         self.pair, self.places, self.variances = pair, places, variances
 
     @staticmethod
@@ -126,7 +128,7 @@ class _Evaluation:
 
         def visit(name: str, value: Tensor) -> Tensor:
             # A node of its own: what else uses the value gets no noise.
-            copy = value.clone()
+            copy = value.clone() if value.requires_grad else value.clone().requires_grad_()
             found.append((name, Crossing.of(copy)))
             return copy
 
@@ -139,11 +141,11 @@ class _Evaluation:
         behind = set(nodes_behind([pair.y.grad_fn], set()))
         live = [(name, place) for name, place in found if place.node in behind]
         variances = [sites.sigma_at(name) ** 2 for name, _ in live]
-        return _Evaluation(pair, [place for _, place in live], variances)
+        return _Evaluation(pair, live, variances)
 
     @property
     def edges(self) -> list[GradientEdge]:
-        return [place.edge for place in self.places]
+        return [place.edge for _, place in self.places]
 
     def gauss_newton_trace(self, loss: str, wanted: int | None, source: Source) -> Tensor:
         """sum_k sigma_k^2 tr(J_k^T H J_k), the mean over the batch."""
@@ -155,11 +157,15 @@ class _Evaluation:
             vectors = source.signs((wanted, *y.shape), y).to(y.dtype)
         with torch.enable_grad():
             cotangents = _through_root(vectors, y, loss)
+        # A batch of images goes back to the input by a way of its own.
+        ends = [
+            stop(self.pair, len(cotangents)) if name == INPUT else (place.edge, _square_sum)
+            for name, place in self.places
+        ]
+        pulled = self.pair.pull_to([place for place, _ in ends], cotangents)
         squares = [
-            variance * rows.square().sum()
-            for variance, rows in zip(
-                self.variances, self.pair.pull_to(self.edges, cotangents), strict=True
-            )
+            variance * norm(rows)
+            for variance, (_, norm), rows in zip(self.variances, ends, pulled, strict=True)
         ]
         return torch.stack(squares).sum() / (self.pair.batch * (wanted or 1))
 
@@ -197,6 +203,10 @@ class _Evaluation:
                 if row is not None:
                     total = total + variance * row.reshape(-1)[i]
         return total
+
+
+def _square_sum(rows: Tensor) -> Tensor:
+    return rows.square().sum()
 
 
 def _differentiated(

@@ -32,17 +32,31 @@ _COMPILED = "CompiledFunctionBackward"
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """What a pair was made by."""
+
+    model: Callable[[Tensor], Any]
+    x: Tensor
+    state: RandomState
+
+
+@dataclass(frozen=True, eq=False)
 class Pair:
     """``y``, ``(B, *out)``, with the graph that leads to it from ``x``, ``(B, *in)``.
 
     Attributes:
         norms: names of batch-norm layers that take the mean of the batch, where they are known.
+        origin: the model, its input and the random numbers that it drew from; None where the pair
+            was given.
+        logits: what ``y`` is the softmax of, if it is one.
     """
 
     x: Tensor
     y: Tensor
     between: Between
     norms: tuple[str, ...] = ()
+    origin: Origin | None = None
+    logits: Tensor | None = None
 
     @staticmethod
     def given(x: Tensor, y: Any) -> Pair:
@@ -73,7 +87,8 @@ class Pair:
         _check_output(tape.value, len(x))
         y = tape.outputs[0]
         norms = _coupling_norms(model if owner is None else owner, tape.loan.modules)
-        return Pair(tape.inputs[0], y, Between.of(y, tape.inputs[0]), norms)
+        between = Between.of(y, tape.inputs[0])
+        return Pair(tape.inputs[0], y, between, norms, Origin(model, x, state))
 
     @property
     def batch(self) -> int:
@@ -108,7 +123,7 @@ class Pair:
             )
         with torch.enable_grad():
             y = self.y.softmax(dim=1)
-        return Pair(self.x, y, self.between, self.norms)
+        return Pair(self.x, y, self.between, self.norms, self.origin, self.y)
 
     def pull(self, cotangents: Tensor, graph: bool | None = None) -> Tensor:
         """u^T dy/dx for ``(k, B, C)`` cotangents, ``(k, *x)``; with a graph if gradients are on."""

@@ -99,9 +99,9 @@ def pulled_by_taps(
     sizes = [size + 2 * pad for size, pad in zip(shape[1:], padding, strict=True)]
     whole = outer.new_zeros(len(outer), shape[0], *sizes)
     each = matrix.shape[0] * matrix.shape[1] * math.prod(outer.shape[2:])
-    parts = outer.split(max(1, _COLUMNS // max(1, each)))
-    # In parts that stay in the cache.
-    for part, target in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+    size = max(1, _COLUMNS // max(1, each))
+    for start in range(0, len(outer), size):  # in parts that stay in the cache
+        part, target = outer[start : start + size], whole[start : start + size]
         grouped = part.reshape(len(part), groups, len(weight) // groups, -1)
         columns = (matrix @ grouped).reshape(len(part), shape[0], -1, *part.shape[2:])
         for n, where in enumerate(_taps(weight.shape[2:], part.shape[2:], stride, dilation)):

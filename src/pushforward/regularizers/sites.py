@@ -32,10 +32,7 @@ _NAMES = (
     *("logsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold", "threshold_", "glu"),
 )
 _ACTIVATIONS = frozenset(
-    getattr(home, name)
-    for home in (F, torch, Tensor)
-    for name in _NAMES
-    if hasattr(home, name)
+    getattr(home, name) for home in (F, torch, Tensor) for name in _NAMES if hasattr(home, name)
 )
 
 
