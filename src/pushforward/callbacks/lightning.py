@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -95,6 +96,10 @@ class LightningGainLogger:
         if options["log"] is None:
             options["log"] = functools.partial(_to_loggers, trainer)
         return GainLogger(_part(pl_module, name), **options)
+
+
+# What may be given to the class is what __init__ takes; __new__ passes it on.
+LightningGainLogger.__signature__ = inspect.signature(LightningGainLogger.__init__)  # type: ignore
 
 
 def _to_loggers(trainer: Any, values: dict[str, float], step: int) -> None:

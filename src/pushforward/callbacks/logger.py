@@ -24,8 +24,8 @@ class GainLogger:
     batch (see `pushforward.path_bound`), and the largest are logged as factors,
 
     .. math::
-        g_l = \exp\Big(\frac{1}{S}\sum_s \log \frac{\|\partial out/\partial h_{l-1}\|_F}
-        {\|\partial out/\partial h_l\|_F}\Big),
+        \log g_l = \frac{1}{S} \sum_s \log \frac{\|\partial out/\partial h_{l-1}\|_F}
+        {\|\partial out/\partial h_l\|_F},
 
     geometric means over the samples whose Jacobian is not zero; the last step has the norm of its
     own Jacobian. Their product is the norm of the whole map.
