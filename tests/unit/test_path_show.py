@@ -1,6 +1,7 @@
 """What a `PathBound` shows: text, HTML, JSON and pictures."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from pushforward.errors import MissingDependencyError
 from pushforward.path import path_bound
 
-HEADINGS = "step log gain decades log ‖J_l‖_F decades bound so far"
+HEADINGS = "step log gain decades log ‖J_l‖_F log ‖J_l‖_2 alignment rank bound so far"
 
 
 @pytest.fixture
@@ -33,7 +34,9 @@ def test_the_table_is_aligned_and_says_what_holds(path):
     assert len(ends) == 1
     assert "means over 4 samples, in nats" in lines
     assert any("frobenius: certified bound" in line for line in lines)
-    assert "loses most" in lines[-1]
+    assert any("loses most: -" in line for line in lines)
+    assert any("the Frobenius bound loses most where" in line for line in lines)
+    assert lines[-1] == path.verdict()
 
 
 def test_a_path_that_only_gains(model):
@@ -87,13 +90,18 @@ def test_infinite_numbers_are_text_that_float_reads():
 
 def test_the_picture_has_a_bar_per_step(path, tmp_path):
     figure = path.plot()
-    gains, bound = figure.axes
+    gains, bound, ladder = figure.axes
     assert len(gains.patches) == 3
     heights = [bar.get_height() for bar in gains.patches]
     assert sum(heights) == pytest.approx(path.log_norm.mean().item() / 2.302585093)
-    assert [len(line.get_xdata()) for line in bound.lines] == [3, 3]
-    truth, above = (line.get_ydata() for line in bound.lines)
-    assert all(high >= low - 1e-12 for low, high in zip(truth, above, strict=True))
+    assert [len(line.get_xdata()) for line in bound.lines] == [3, 3, 3]
+    truth, product, mixed = (line.get_ydata() for line in bound.lines)
+    order = zip(truth, mixed, product, strict=True)
+    assert all(low - 1e-12 <= middle <= high + 1e-12 for low, middle, high in order)
+    assert mixed[0] == pytest.approx(path.rungs["mixed"].mean().item() / math.log(10))
+    lengths = [bar.get_width() * math.log(10) for bar in ladder.patches]
+    expected = [(rung - path.log_norm).mean().item() for rung in path.rungs.values()]
+    assert lengths == pytest.approx(expected)
     figure.savefig(tmp_path / "path.png")
 
 
@@ -107,3 +115,49 @@ def test_plot_without_matplotlib(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match="plot expects matplotlib"):
         path.plot()
+
+
+def test_columns_that_hold_nothing_are_left_out(model):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    gains = path_bound(model, x, rungs=())
+    assert gains.table().splitlines()[0].split() == ["step", "log", "gain", "decades"]
+    assert gains._repr_html_().count("<th>") == 2 * 3
+    assert gains.verdict() is None
+    alone = path_bound(model, x, rungs="frobenius")
+    assert "‖J_l‖_2" not in alone.table()
+    assert len(alone.plot().axes[1].lines) == 2
+
+
+def test_labels_stand_beside_the_numbers(model):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    path = path_bound(model, x, rungs=("frobenius", "sampled"), exact_passes=0, seed=0)
+    assert "sampled: bound from below, 0.00 decades below the truth" in path.table()
+    assert "(lower bound)" in repr(path)
+    data = path.to_dict()
+    assert data["labels"] == {"frobenius": "certified", "sampled": "lower bound"}
+    assert data["certified"] == {"frobenius": True, "sampled": False}
+    assert data["interval"] is None
+    assert path.plot().axes[2].patches[1].get_hatch()
+
+
+def test_estimated_gains_say_so(model):
+    path = path_bound(model, torch.randn(4, 3).double(), rungs=(), probes=3, seed=0)
+    assert "gains are estimates; 95 % of the time log ‖J‖_F is in [" in path.table()
+    data = json.loads(json.dumps(path.to_dict(), allow_nan=False))
+    assert set(data["interval"]) == set(data["layers"][0]["gain_interval"]) == {"low", "high"}
+
+
+@pytest.mark.parametrize(
+    ("rungs", "words"),
+    [
+        ("segments", "and the segments rung proves it"),
+        ("frobenius", "all that the frobenius rung says is at most 10^"),
+    ],
+)
+def test_the_verdict_goes_by_the_best_rung(model, rungs, words):
+    assert words in path_bound(model, torch.randn(4, 3).double(), rungs=rungs).verdict()
+
+
+def test_a_chain_without_slack_has_no_joint():
+    model = nn.Sequential(nn.Linear(1, 1).double(), nn.Identity())
+    assert "meets" not in path_bound(model, torch.ones(1, 1).double()).table()

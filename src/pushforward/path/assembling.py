@@ -62,8 +62,8 @@ def layers(names: Sequence[str], gains: Gains, measured: Measured | None) -> lis
 
 
 def _row(place: int, name: str, gains: Gains) -> Layer:
-    ranks = () if gains.spectrum is None else gains.spectrum.effective_rank
-    rank = ranks[place] if len(ranks) > place else None
+    ranks = None if gains.spectrum is None else gains.spectrum.effective_rank
+    rank = ranks[place] if ranks is not None and len(ranks) == len(gains.logs) else None
     ends = gains.intervals
     interval = None if ends is None else (ends[0][place], ends[1][place])
     return Layer(

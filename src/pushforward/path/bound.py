@@ -52,12 +52,12 @@ class PathBound(Findings):
     """
 
     def table(self) -> str:
-        """Rows, totals and notes as plain text: means over the samples, in nats and decades."""
+        """Rows, the ladder, a verdict and notes as plain text: means over the samples."""
         return show.table(self)
 
     def plot(self) -> Any:
-        """A ``matplotlib.figure.Figure``: the gains as a waterfall, and the bound against the
-        truth by depth; means over the samples, in decades.
+        """A ``matplotlib.figure.Figure``: the gains as a waterfall, products of norms against the
+        truth by depth, and the rungs; means over the samples, in decades.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
@@ -71,6 +71,11 @@ class PathBound(Findings):
         string that ``float()`` reads ("-inf").
         """
         return show.to_dict(self)
+
+    def verdict(self) -> str | None:
+        """How large the Jacobian is and what the best certified rung proves of it, in a sentence;
+        None where there is no such rung, or the Jacobian is zero."""
+        return show.verdict(self)
 
     def __repr__(self) -> str:
         return show.one_line(self)

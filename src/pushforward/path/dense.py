@@ -16,10 +16,10 @@ from pushforward.path.record import Crossing
 from pushforward.path.spectrum import gram, log_root
 from pushforward.path.steps import Step
 
-# Of the entries in float64, and of the products and eigenvalues: one or two seconds.
+# Of the entries in float64, and of the products and eigenvalues: some seconds.
 MOST_BYTES = 2**28
-MOST_WORK = 4e9
-EIGENVALUES = 10
+MOST_WORK = 2e10
+EIGENVALUES = 5
 
 
 @dataclass(frozen=True, eq=False)
