@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pushforward.derivatives import jacobian
 from pushforward.regularizers import JacobianPenalty
 from pushforward.report.canvas import BLUE, GREEN, ORANGE, Picture, draw, legend
 from pushforward.report.words import number
-from pushforward.reproduce.cells import cells, paint_cells, plane_through, three_digits
+from pushforward.reproduce.cells import paint_cells, three_digits
 from pushforward.reproduce.curves import Curve, paint_curves
 from pushforward.reproduce.data import Images
 from pushforward.reproduce.paper import (
@@ -30,11 +28,13 @@ from pushforward.reproduce.training import (
     accuracy,
     attacked_accuracy,
     few_of_each,
+    finite_mean,
     minimise,
     mlp,
     noisy_accuracy,
     ticking,
 )
+from pushforward.sensitivity import decision_map, jacobian_norm
 
 SHOWN_DIGITS = (3, 5, 8)
 RADII = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2)
@@ -106,10 +106,12 @@ def measure(images: Images, settings: Settings, progress: Progress) -> Outcome:
     for name, net in nets.items():
         numbers |= {f"{key}, {name}": value for key, value in facts(net, images, settings).items()}
     numbers |= few_label_accuracies(images, settings, tick)
-    corners = three_digits(images.test_x, images.test_y, SHOWN_DIGITS)
-    plane = plane_through(corners, settings.resolution)
-    drawn = {name: cells(nets[name], plane) for name in COLOURS}
-    return Outcome(numbers, {"plane": plane, "cells": drawn, "curves": curves})
+    a, b, c = three_digits(images.test_x, images.test_y, SHOWN_DIGITS)
+    maps = {
+        name: decision_map(nets[name], a, b, c, settings.resolution, progress=False)
+        for name in COLOURS
+    }
+    return Outcome(numbers, {"cells": maps, "curves": curves})
 
 
 def trained(
@@ -152,14 +154,8 @@ def facts(model: nn.Module, images: Images, settings: Settings) -> dict[str, flo
         "accuracy": accuracy(model, x, y),
         "PGD accuracy": attacked_accuracy(model, x, y, settings.radius, settings.attack_steps),
         "noise accuracy": noisy_accuracy(model, x, y, settings.sigma),
-        "norm of J": norm_of_jacobian(model, x),
+        "norm of J": finite_mean(jacobian_norm(model, x, of="logits", progress=False).detach()),
     }
-
-
-def norm_of_jacobian(model: nn.Module, x: Tensor) -> float:
-    """Mean over samples of the Frobenius norm, exact."""
-    with torch.no_grad():
-        return jacobian(model, x, batch_dim=0).fro_norm().double().mean().item()
 
 
 def robustness(model: nn.Module, images: Images, settings: Settings) -> dict[str, list[float]]:
@@ -198,19 +194,19 @@ def figures(outcomes: Sequence[Outcome]) -> tuple[Picture, ...]:
 
 def decision_cells(outcome: Outcome) -> Picture:
     """The figure that the paper opens with."""
-    plane, found = outcome.drawn["plane"], outcome.drawn["cells"]
+    maps = outcome.drawn["cells"]
     a, b, c = SHOWN_DIGITS
     return Picture(
         key="cells",
         title="Decision cells without penalty, with weight decay, and with the Jacobian penalty",
         caption=(
             f"The plane through three test images, a {a}, a {b} and a {c} (dots). Hues are the "
-            "classes that a network sees, paler where it gives them a lower probability. After "
-            "figure 1 of the paper; the networks of the first seed."
+            "classes that a network sees, fading to white where its probabilities answer most to "
+            "the input. After figure 1 of the paper; the networks of the first seed."
         ),
         alt=f"Three maps of classes in the plane through a {a}, a {b} and a {c}: without penalty, "
         "with weight decay, and with the Jacobian penalty.",
-        svg=draw("cells", (8.6, 3.3), lambda figure: paint_cells(figure, plane, found, (a, b, c))),
+        svg=draw("cells", (8.6, 3.3), lambda figure: paint_cells(figure, maps, (a, b, c))),
     )
 
 

@@ -4,10 +4,18 @@ import difflib
 from collections.abc import Sequence
 
 from pushforward.errors import InputError
+from pushforward.reproduce.contractive_autoencoder import PAPER as CONTRACTIVE_AUTOENCODER
+from pushforward.reproduce.gaussian_noise_injection import PAPER as GAUSSIAN_NOISE_INJECTION
 from pushforward.reproduce.jacobian_regularization import PAPER as JACOBIAN_REGULARIZATION
 from pushforward.reproduce.paper import Paper
+from pushforward.reproduce.sensitivity import PAPER as SENSITIVITY
 
-_ALL: tuple[Paper, ...] = (JACOBIAN_REGULARIZATION,)
+_ALL: tuple[Paper, ...] = (
+    JACOBIAN_REGULARIZATION,
+    CONTRACTIVE_AUTOENCODER,
+    GAUSSIAN_NOISE_INJECTION,
+    SENSITIVITY,
+)
 PAPERS: dict[str, Paper] = {paper.name: paper for paper in _ALL}
 
 
