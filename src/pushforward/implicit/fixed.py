@@ -18,7 +18,7 @@ from pushforward.implicit.maps import BatchDim, StateMap, evaluations
 from pushforward.implicit.solvers import SOLVERS, Evaluate, Found, Limits, Solver, search
 
 # Steps of long ago mislead where f is curved, and help where it is linear.
-_HISTORY = {"anderson": 6, "broyden": 60, "iteration": 0}
+_HISTORY = {"anderson": 10, "broyden": 60, "iteration": 0}
 _LINEAR_HISTORY = {"anderson": 20, "broyden": 60, "iteration": 0}
 _UNCONVERGED = ("warn", "raise", "allow")
 
@@ -102,7 +102,7 @@ def fixed_point(
         max_evals: of f, for the whole batch.
         batch_dim: 0, or None for one state; ``"auto"`` is 0 where every tensor of the state has two
             dimensions or more.
-        history: how many steps are remembered. Where None, Anderson keeps 6, and 20 in backward
+        history: how many steps are remembered. Where None, Anderson keeps 10, and 20 in backward
             passes, Broyden 60. Memory: twice as many states.
         mixing: how far along f(z) - z the plain step goes.
         order: how many derivatives in a row are exact; another evaluation of f for each.
