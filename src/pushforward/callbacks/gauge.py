@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pushforward.callbacks.route import Route, Survey, survey
+from pushforward.callbacks.route import Route, Survey, all_between, survey
 from pushforward.callbacks.wrapped import plain_name
 from pushforward.errors import CouplingError, DifferentiationError
 from pushforward.path import path_bound
@@ -72,6 +72,7 @@ class Gauge:
         self._graph: tuple[str, ...] = ()
         self._names: tuple[str, ...] = ()
         self._outputs = 0
+        self._in_range = True
 
     def read(self, x: Tensor, batch: int, seed: int) -> Reading:
         """The gains on the first samples ``x`` of a batch, in evaluation mode.
@@ -93,6 +94,7 @@ class Gauge:
         """Measure by what is known; None where the model takes another way than it did."""
         plan = effort(batch, self._outputs, self.samples, self.directions)
         samples, cotangents = x[: plan.samples], directions(self._outputs, plan.directions, seed)
+        self._in_range = True
         size = max(1, ROWS * batch // len(samples))
         parts = cotangents.chunk(math.ceil(len(cotangents) / size))
         found = [self._pass(samples, part) for part in parts]
@@ -102,18 +104,18 @@ class Gauge:
         return self._reading(torch.cat(norms, dim=1), samples, cotangents)
 
     def _pass(self, samples: Tensor, cotangents: Tensor) -> Tensor | None:
-        """Norms at the beginning of each step, (steps, cotangents, samples); NaN out of range."""
+        """Norms at the beginning of each step, (steps, cotangents, samples)."""
         assert self._route is not None
         rows, seeds = paired(samples, cotangents)
         passage = self._route.follow(self.model, rows)
         if passage is None or passage.graph != self._graph or passage.output.shape != seeds.shape:
             return None
         norms, dtype = passage.norms(seeds)
-        norms = norms if in_range(norms, dtype) else torch.full_like(norms, torch.nan)
+        self._in_range &= in_range(norms, dtype)
         return norms.unflatten(1, (len(cotangents), len(samples)))
 
     def _reading(self, norms: Tensor, samples: Tensor, cotangents: Tensor) -> Reading:
-        if norms.isnan().any():
+        if not self._in_range:
             return self._carefully(samples)
         logs = torch.linalg.vector_norm(norms, dim=1).log()
         return Reading(self._names, gains(logs), len(cotangents) == self._outputs)
@@ -210,6 +212,8 @@ def gains(logs: Tensor) -> Tensor:
 def in_range(norms: Tensor, dtype: torch.dtype) -> bool:
     """Whether gradients of these norms are far from underflow and overflow."""
     tiny = torch.finfo(dtype).tiny ** 0.5
+    if all_between(norms, tiny, 1 / tiny):
+        return True
     return bool(((norms == 0) | ((norms > tiny) & (norms < 1 / tiny))).all())
 
 

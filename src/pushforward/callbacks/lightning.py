@@ -99,7 +99,9 @@ class LightningGainLogger:
 
 
 # What may be given to the class is what __init__ takes; __new__ passes it on.
-LightningGainLogger.__signature__ = inspect.signature(LightningGainLogger.__init__)  # type: ignore
+LightningGainLogger.__signature__ = inspect.signature(  # type: ignore
+    functools.partial(LightningGainLogger.__init__, None)
+)
 
 
 def _to_loggers(trainer: Any, values: dict[str, float], step: int) -> None:

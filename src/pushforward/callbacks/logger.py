@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pushforward.callbacks.gauge import SAMPLES, Gauge, Reading
@@ -172,15 +172,19 @@ class GainLogger:
 
     def _values(self, reading: Reading) -> dict[str, float]:
         """Means over the samples whose Jacobian is not zero; where all are, over all."""
-        logs = reading.log_gains
-        whole = logs.sum(dim=0)
-        alive = whole > -torch.inf
-        means = (logs[:, alive] if alive.any() else logs).mean(dim=1)
-        order = means.argsort(descending=True, stable=True).tolist()
+        columns = list(zip(*reading.log_gains.tolist(), strict=True))
+        alive = [each for each in columns if -math.inf not in each] or columns
+        means = [math.fsum(row) / len(row) for row in zip(*alive, strict=True)]
+        order = sorted(range(len(means)), key=lambda place: -means[place])
         chosen = order if self.top is None else [*order[: self.top], *_last(order, self.bottom)]
-        factors = means.exp().tolist()
-        values = {f"{self.prefix}/gain/{reading.names[place]}": factors[place] for place in chosen}
-        return values | {f"{self.prefix}/log_norm": means.sum().item()}
+        values = {
+            f"{self.prefix}/gain/{reading.names[place]}": _exp(means[place]) for place in chosen
+        }
+        return values | {f"{self.prefix}/log_norm": math.fsum(means)}
+
+
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 709 else math.inf
 
 
 def _last(order: Sequence[int], count: int) -> Sequence[int]:

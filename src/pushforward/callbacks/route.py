@@ -53,8 +53,8 @@ class Passage:
             self.output, self.edges, cotangents.to(self.output), allow_unused=True
         )
         dtypes = [self.output.dtype, *(each.dtype for each in gradients if each is not None)]
-        norms = torch.stack([_row_norms(each, self.output) for each in gradients])
-        if not bool(((norms > TINY) & (norms < 1 / TINY)).all()):
+        norms = torch.stack([_row_norms(each, self.output) for each in gradients]).double()
+        if not all_between(norms, TINY, 1 / TINY):
             wide = [_row_norms(each, self.output, torch.float64) for each in gradients]
             norms = torch.stack(wide)
         return norms, min(dtypes, key=lambda dtype: dtype.itemsize)
@@ -100,10 +100,16 @@ def _whole(tape: Tape) -> Tensor:
 def _row_norms(gradient: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The norm of each row, (rows,), computed in at least ``dtype``."""
     if gradient is None:
-        return torch.zeros(len(like), dtype=torch.float64, device=like.device)
+        return torch.zeros(len(like), dtype=dtype, device=like.device)
     flat = gradient.reshape(len(like), -1)
     wide = torch.promote_types(flat.dtype, dtype)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=wide).double()
+    return torch.linalg.vector_norm(flat, dim=1, dtype=wide)
+
+
+def all_between(norms: Tensor, low: float, high: float) -> bool:
+    """Whether all numbers are; NaN is not."""
+    least, most = torch.stack(norms.aminmax()).tolist()
+    return low < least and most < high
 
 
 # --- finding the steps --------------------------------------------------------------------------
