@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,14 @@ from pushforward.report.canvas import (
 from pushforward.reproduce.curves import Curve, paint_curves
 from pushforward.reproduce.data import Images
 from pushforward.reproduce.paper import Claim, Outcome, Paper, Progress, at_least, at_most
-from pushforward.reproduce.training import accuracy, finite_mean, minimise, outputs, ticking
+from pushforward.reproduce.training import (
+    accuracy,
+    finite_mean,
+    minimise,
+    outputs,
+    steps_for,
+    ticking,
+)
 from pushforward.sensitivity import effective_dimension
 
 LOW, HIGH = 0.05, 0.95  # beyond these a sigmoid unit counts as saturated, as in the paper
@@ -37,17 +44,17 @@ COLOURS = {"AE": ORANGE, "AE+wd": MUTED, "DAE-b": GREEN, "DAE-g": PURPLE, "CAE":
 class Settings:
     """Sizes, rates, and how strongly each autoencoder is regularised."""
 
-    train: int = 4000
-    test: int = 1000
+    train: int = 60_000
+    test: int = 5_000
     hidden: int = 300
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 50
-    rate: float = 0.02
+    rate: float = 0.03
     contraction: float = 0.1
     weight_decay: float = 1e-4
     masked: float = 0.3
     sigma: float = 0.3
-    tuning_steps: int = 2000
+    tuning_steps: int = 1500
     tuning_rate: float = 0.05
     measured: int = 100
     directions: int = 10
@@ -77,6 +84,11 @@ def recipes(settings: Settings) -> dict[str, Recipe]:
 def measure(images: Images, settings: Settings, progress: Progress) -> Outcome:
     """All autoencoders for one seed, and the classifiers that begin with them."""
     images = images.first(settings.train, settings.test)
+    settings = replace(
+        settings,
+        steps=steps_for(settings.steps, len(images.train_x)),
+        tuning_steps=steps_for(settings.tuning_steps, len(images.train_x)),
+    )
     choices = recipes(settings)
     tick = ticking(progress, len(choices) * (settings.steps + settings.tuning_steps))
     numbers: dict[str, float] = {}

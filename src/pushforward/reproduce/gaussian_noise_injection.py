@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from pushforward.reproduce.training import (
     mlp,
     outputs,
     same_draws,
+    steps_for,
     ticking,
 )
 from pushforward.sensitivity import margin
@@ -36,8 +37,8 @@ COLOURS = {"none": ORANGE, "injection": GREEN, "penalty": BLUE}
 class Settings:
     """Sizes, the variance of the noise, and the variances at which its effect is measured."""
 
-    train: int = 4000
-    test: int = 1000
+    train: int = 60_000
+    test: int = 5_000
     hidden: int = 256
     layers: int = 2
     steps: int = 2000
@@ -61,6 +62,7 @@ def network(images: Images, settings: Settings) -> nn.Sequential:
 def measure(images: Images, settings: Settings, progress: Progress) -> Outcome:
     """The three networks for one seed, and the effect of noise before and after training."""
     images = images.first(settings.train, settings.test)
+    settings = replace(settings, steps=steps_for(settings.steps, len(images.train_x)))
     tick = ticking(progress, len(COLOURS) * settings.steps + settings.inits)
     initial = initial_effects(images, settings, tick)
     nets = {name: trained(name, images, settings, tick) for name in COLOURS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from pushforward.reproduce.training import (
     minimise,
     mlp,
     noisy_accuracy,
+    steps_for,
     ticking,
 )
 from pushforward.sensitivity import decision_map, jacobian_norm
@@ -46,8 +47,8 @@ COLOURS = {"none": ORANGE, "L2": GREEN, "Jacobian": BLUE}
 class Settings:
     """Sizes and strengths; ``strength`` multiplies 1/2 mean ||J||_F^2."""
 
-    train: int = 4000
-    test: int = 1000
+    train: int = 60_000
+    test: int = 5_000
     hidden: int = 200
     steps: int = 2500
     batch: int = 64
@@ -94,6 +95,7 @@ def few_recipes(settings: Settings) -> dict[str, Recipe]:
 def measure(images: Images, settings: Settings, progress: Progress) -> Outcome:
     """All networks for one seed."""
     images = images.first(settings.train, settings.test)
+    settings = replace(settings, steps=steps_for(settings.steps, len(images.train_x)))
     few = few_recipes(settings)
     total = len(recipes(settings)) * settings.steps
     tick = ticking(progress, total + len(few) * settings.subsets * settings.few_steps)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHUNK = 1000  # images that are evaluated at a time
+USUAL = 4000  # images that the steps of the papers' settings are meant for
+MOST = 5  # times as many steps, where there are more
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -59,6 +61,11 @@ def minimise(
         optimiser.step()
         schedule.step()
         advance()
+
+
+def steps_for(steps: int, size: int) -> int:
+    """More steps where there are more than the usual 4000 images, up to five times as many."""
+    return round(steps * min(MOST, max(1, size / USUAL)))
 
 
 # --- measurements -------------------------------------------------------------------------------
