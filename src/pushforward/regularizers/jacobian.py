@@ -146,7 +146,7 @@ def _exact(pair: Pair) -> Tensor:
         return by_structure
     chosen = all_outputs(pair.y)
     total, blocks, place = _squared_norm(pair, chosen)
-    pair.refuse_other_than(blocks, place, chosen)
+    pair.refuse_coupled(blocks, place, chosen)
     return total
 
 

@@ -45,16 +45,16 @@ class NoisePenalty(Penalty):
         generator: drawn from instead; with neither of them torch's default generator is.
 
     ``penalty(model, x)`` evaluates the model, of which nothing stays visible, and returns ``()``.
-    Where samples influence each other, as in batch norm in training mode, the estimate is the one
-    for the whole batch, which is what noise amounts to there; "exact" refuses.
+    Where samples influence each other, as in batch norm in training mode, or share a place, it is
+    the penalty of the whole batch, which is what noise amounts to there.
 
-    Cost: one evaluation, one backward pass for each projection, and one through it later; "exact"
-    takes as many as there are outputs, with ``full`` as many as there are scalars in all places.
+    Cost: one evaluation, one backward pass for each projection, and one through it later. "exact"
+    takes as many as there are outputs, of all samples where they influence each other; with
+    ``full`` as many as there are scalars in all places.
 
     Raises:
         InputError: arguments out of range, an unknown loss, ``full`` without targets.
         ShapeError: cross entropy of less than two logits.
-        CouplingError: "exact" and samples that influence each other.
         PushforwardError: for the reasons that `GaussianNoise` and `JacobianPenalty` have.
 
     From Camuto et al., "Explicit regularisation in Gaussian noise injections", NeurIPS 2020.
@@ -108,7 +108,7 @@ class NoisePenalty(Penalty):
             trace = run.hessian_trace(total, wanted, source)
         else:
             trace = run.gauss_newton_trace(self.loss, wanted, source)
-        return trace / 2
+        return trace / 2 if run.pair.attached else trace.detach() / 2
 
     def extra_repr(self) -> str:
         return f"sigma={self.sites.sigma}, layers={self.sites.layers}, loss={self.loss!r}"
@@ -151,8 +151,7 @@ class _Evaluation:
         """sum_k sigma_k^2 tr(J_k^T H J_k), the mean over the batch."""
         y = self.pair.y
         if wanted is None:
-            self.pair.refuse_coupled()
-            vectors = all_outputs(y).reshape(-1, *y.shape)
+            vectors = self._all_outputs().reshape(-1, *y.shape)
         else:
             vectors = source.signs((wanted, *y.shape), y).to(y.dtype)
         with torch.enable_grad():
@@ -168,6 +167,14 @@ class _Evaluation:
             for variance, (_, norm), rows in zip(self.variances, ends, pulled, strict=True)
         ]
         return torch.stack(squares).sum() / (self.pair.batch * (wanted or 1))
+
+    def _all_outputs(self) -> Tensor:
+        """One vector for each output; for each of each sample, where samples meet in a place."""
+        if self.pair.separates([place for _, place in self.places]):
+            return all_outputs(self.pair.y)
+        y = self.pair.y
+        units = torch.eye(y.numel(), dtype=y.dtype, device=y.device)
+        return units.reshape(-1, len(y), self.pair.outputs)
 
     def hessian_trace(self, loss: Tensor, wanted: int | None, source: Source) -> Tensor:
         """sum_k sigma_k^2 times the trace of the Hessian of the loss by the k-th place."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from pushforward.errors import (
     ShapeError,
 )
 from pushforward.passes import gradients_of
+from pushforward.path.record import Crossing
 from pushforward.purity import RandomState
 from pushforward.regularizers.graph import Affine, Between, Convolution, first_layer
 from pushforward.regularizers.kinks import Evaluated
@@ -49,6 +50,7 @@ class Pair:
         origin: the model, its input and the random numbers that it drew from; None where the pair
             was given.
         logits: what ``y`` is the softmax of, if it is one.
+        attached: whether anybody may want gradients of what is computed.
     """
 
     x: Tensor
@@ -57,6 +59,7 @@ class Pair:
     norms: tuple[str, ...] = ()
     origin: Origin | None = None
     logits: Tensor | None = None
+    attached: bool = True
 
     @staticmethod
     def given(x: Tensor, y: Any) -> Pair:
@@ -88,7 +91,8 @@ class Pair:
         y = tape.outputs[0]
         norms = _coupling_norms(model if owner is None else owner, tape.loan.modules)
         between = Between.of(y, tape.inputs[0])
-        return Pair(tape.inputs[0], y, between, norms, Origin(model, x, state))
+        origin = Origin(model, x, state)
+        return Pair(tape.inputs[0], y, between, norms, origin, attached=tape.census.attached)
 
     @property
     def batch(self) -> int:
@@ -123,7 +127,7 @@ class Pair:
             )
         with torch.enable_grad():
             y = self.y.softmax(dim=1)
-        return Pair(self.x, y, self.between, self.norms, self.origin, self.y)
+        return replace(self, y=y, logits=self.y)
 
     def pull(self, cotangents: Tensor, graph: bool | None = None) -> Tensor:
         """u^T dy/dx for ``(k, B, C)`` cotangents, ``(k, *x)``; with a graph if gradients are on."""
@@ -133,7 +137,7 @@ class Pair:
         self, places: Sequence[Any], cotangents: Tensor, graph: bool | None = None
     ) -> list[Tensor]:
         """The same for places on the way, tensors or edges."""
-        create = torch.is_grad_enabled() if graph is None else graph
+        create = (self.attached and torch.is_grad_enabled()) if graph is None else graph
         seeds = cotangents.reshape(-1, *self.y.shape)
         try:
             if len(seeds) > 1:
@@ -145,18 +149,29 @@ class Pair:
             raise explained(error) from error
         return [gradient.unsqueeze(0) for gradient in found]
 
-    def refuse_coupled(self) -> None:
-        """Raise where samples influence each other."""
+    def refuse_coupled(self, blocks: Sequence[Tensor], place: Any, cotangents: Tensor) -> None:
+        """Raise unless blocks of rows, to which cotangents ``(k, B, C)`` were pulled, scale with
+        them sample by sample."""
+        if not self._scales(blocks, place, cotangents):
+            raise CouplingError(self.coupling_message())
+
+    def separates(self, places: Sequence[Crossing]) -> bool:
+        """Whether each place holds a part of its own for each sample, in their order."""
+        if any(place.shape[:1] != (self.batch,) for place in places):
+            return False
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(1, self.batch, self.outputs, generator=generator)
         cotangent = cotangent.to(self.y.device, self.y.dtype)
-        self.refuse_other_than([self.pull(cotangent, graph=False)], self.x, cotangent)
+        edges = [place.edge for place in places]
+        rows = self.pull_to(edges, cotangent, graph=False)
+        return all(
+            self._scales([block], edge, cotangent) for block, edge in zip(rows, edges, strict=True)
+        )
 
-    def refuse_other_than(self, blocks: Sequence[Tensor], place: Any, cotangents: Tensor) -> None:
-        """Raise unless blocks of rows, to which cotangents ``(k, B, C)`` were pulled, scale with
-        them sample by sample."""
+    def _scales(self, blocks: Sequence[Tensor], place: Any, cotangents: Tensor) -> bool:
+        """Whether rows scale with cotangents that are weighed sample by sample."""
         if self.batch < 2:
-            return
+            return True
         generator = torch.Generator().manual_seed(1)
         weights = torch.rand(len(cotangents) + self.batch, generator=generator) + 0.5
         # One weight for each sample tells any two apart; one for each row keeps rows apart.
@@ -168,9 +183,7 @@ class Pair:
             came = self.pull_to([place], mixed, graph=False)[0].reshape(self.batch, -1) @ look
             rows = [block.detach().reshape(len(block), self.batch, -1) @ look for block in blocks]
             seen = weights * torch.cat(rows)
-            expected, scale = seen.sum(0), seen.abs().amax() * len(seen)
-        if not agree(came, expected, scale, double=1e-9):
-            raise CouplingError(self.coupling_message())
+        return agree(came, seen.sum(0), seen.abs().amax() * len(seen), double=1e-9)
 
     def coupling_message(self) -> str:
         """Say which layers let samples influence each other, and what to do."""

@@ -1,0 +1,503 @@
+"""GaussianNoise, and NoisePenalty against plain autograd in float64 and against measured noise."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pushforward as pf
+from pushforward.regularizers import GaussianNoise, NoisePenalty
+from pushforward.regularizers.sites import Sites
+
+SIZES = 4, 6, 5, 3
+
+
+def mlp(activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
+    torch.manual_seed(0)
+    a, b, c, d = SIZES
+    layers = nn.Linear(a, b), activation(), nn.Linear(b, c), activation(), nn.Linear(c, d)
+    return nn.Sequential(*layers).double()
+
+
+class Functional(nn.Module):
+    """The same with functions, one of them in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()[0::2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layers[0](x))
+        h = self.layers[1](h)
+        F.relu(h, inplace=True)
+        return self.layers[2](h)
+
+
+class Residual(nn.Module):
+    """One module that is called twice, and a branch that adds in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.a(x))
+        out = self.b(h)
+        out += h
+        return self.head(self.act(out))
+
+
+class Heads(nn.Module):
+    """A dict of outputs, two of them made by activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> dict[str, Tensor | None]:
+        h = self.body(x).relu()
+        y = self.head(h)
+        return {"p": y.sigmoid(), "q": torch.tanh(y).unflatten(1, (2, 3)), "h": h * 1, "n": None}
+
+
+def batch(count: int = 3) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(count, 4, dtype=torch.float64), torch.randint(3, (count,))
+
+
+def visited(model: nn.Module, layers: str | list[str] | None, *args: Tensor) -> list[str]:
+    names: list[str] = []
+
+    def visit(name: str, value: Tensor) -> Tensor:
+        names.append(f"{name} {tuple(value.shape)}")
+        return value.clone()
+
+    with Sites(0.1, layers).visiting(model, visit):
+        model(*args)
+    return names
+
+
+def test_noise_goes_to_the_input_and_behind_activations():
+    x, _ = batch()
+    expected = ["input (3, 4)", "activation (3, 6)", "activation (3, 5)"]
+    assert visited(mlp(), None, x) == expected
+    assert visited(mlp(nn.ReLU), None, x) == expected
+    assert visited(Functional(), None, x) == expected
+    assert visited(Residual(), None, x) == ["input (3, 4)", *["activation (3, 4)"] * 2]
+    assert visited(mlp(), ["input", "1"], x) == ["input (3, 4)", "1 (3, 6)"]
+    assert visited(mlp(), "?", x) == [f"{i} (3, {n})" for i, n in enumerate((6, 6, 5, 5, 3))]
+    assert visited(nn.Linear(4, 3).double(), None, x) == ["input (3, 4)"]
+
+
+@pytest.mark.parametrize(
+    "module", [nn.ReLU6, nn.GELU, nn.SiLU, nn.LogSigmoid, nn.PReLU, nn.Softplus]
+)
+def test_activations_of_torch_are_found(module: Callable[[], nn.Module]):
+    model = nn.Sequential(nn.Linear(4, 6), module(), nn.Linear(6, 3))
+    assert visited(model, None, torch.randn(2, 4)) == ["input (2, 4)", "activation (2, 6)"]
+
+
+def test_noise_has_its_size_and_place():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    x = torch.zeros(40000)
+    with GaussianNoise(model, 0.3, ["0"], seed=0):
+        noise = model(x)
+    assert noise.std() == pytest.approx(0.3, rel=0.02)
+    assert abs(noise.mean()) < 0.01
+    with GaussianNoise(model, {"input": 0.3, "0": 0.4}, seed=0) as noisy:
+        assert noisy(x).std() == pytest.approx(0.5, rel=0.02)
+    with GaussianNoise(model, {"in*": 0.0, "*": 0.4}, ["input", "0"], seed=0):
+        assert model(x).std() == pytest.approx(0.4, rel=0.02)
+
+
+def test_nothing_that_a_model_returns_gets_noise_unless_it_is_named():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).double()
+    x, _ = batch()
+    with GaussianNoise(model, {"*": 1.0}):
+        hidden = model(x)
+    assert not torch.equal(hidden, model(x))  # the linear layer is hidden
+    with GaussianNoise(model, 1.0, "1*"):
+        assert torch.equal(model(x), model(x))
+    with GaussianNoise(model, 1.0, "1"):
+        assert not torch.equal(model(x), model(x))
+    in_place = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)).double()
+    with GaussianNoise(in_place, {"input": 0.0, "1*": 1.0}):
+        assert torch.equal(in_place(x), in_place(x))
+
+
+def test_outputs_in_a_dict_stay_clean():
+    torch.manual_seed(0)
+    model, x = Heads(), torch.randn(3, 4)
+    clean = model(x)
+    with torch.no_grad(), GaussianNoise(model, 0.5, seed=0):
+        noisy = model(x)
+    expected = model.head(noisy["h"])
+    torch.testing.assert_close(noisy["p"], expected.sigmoid())
+    torch.testing.assert_close(noisy["q"], expected.tanh().unflatten(1, (2, 3)))
+    assert not torch.allclose(noisy["h"], clean["h"])
+    assert noisy["n"] is None
+
+
+def test_in_place_activations_get_noise_too():
+    x, _ = batch()
+    model = Functional()
+    with GaussianNoise(model, 0.1):
+        y = model(x)
+        assert not torch.equal(y, model(x))
+    y.sum().backward()  # no saved value was overwritten
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_it_leaves_no_trace_even_after_an_error():
+    model, (x, _) = mlp(), batch()
+    clean, state = model(x), torch.get_rng_state()
+    hooks = copy.deepcopy(
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    )
+    noise = GaussianNoise(model, 0.1, seed=1)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), noise:
+        model(torch.zeros(2, 9, dtype=torch.float64))
+    with noise, noise:
+        model(x)
+    assert torch.equal(model(x), clean)
+    assert torch.equal(F.relu(x), x.clamp_min(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert after == hooks
+
+
+def test_the_same_in_training_and_evaluation():
+    model, (x, _) = mlp(), batch()
+    with GaussianNoise(model.train(), 0.1, seed=2):
+        training = model(x)
+    with GaussianNoise(model.eval(), 0.1, seed=2):
+        assert torch.equal(model(x), training)
+    assert not model.training
+
+
+def test_seeds():
+    model, (x, _) = mlp(), batch()
+    torch.manual_seed(3)
+    with GaussianNoise(model, 0.1):
+        drawn = [model(x), model(x)]
+    torch.manual_seed(3)
+    with GaussianNoise(model, 0.1):
+        again = [model(x), model(x)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
+    assert not torch.equal(*drawn)
+    generator = torch.Generator().manual_seed(5)
+    with GaussianNoise(model, 0.1, generator=generator), GaussianNoise(model, 0.0, seed=5):
+        one = model(x)
+    with GaussianNoise(model, 0.1, seed=5):
+        assert torch.equal(model(x), one)
+
+
+def test_the_input_may_be_a_keyword():
+    torch.manual_seed(0)
+    model, x = Heads(), torch.randn(3, 4)
+    with GaussianNoise(model, 0.5, "input"):
+        assert not torch.equal(model(x=x)["h"], model(x=x)["h"])
+
+
+def places(model: nn.Sequential, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and what noise would be added to, with a graph between them."""
+    point = x.clone().requires_grad_()
+    a = model[1](model[0](point))
+    b = model[3](model[2](a))
+    return model[4](b), [point, a, b]
+
+
+def oracle(model: nn.Sequential, x: Tensor, sigmas: list[float], loss: str) -> Tensor:
+    """1/2 sum_k sigma_k^2 tr(J_k^T H J_k), sample by sample and row by row."""
+    total = torch.zeros((), dtype=x.dtype)
+    for b in range(len(x)):
+        z, hidden = places(model, x[b : b + 1])
+        p = z[0].softmax(0)
+        H = torch.diag(p) - torch.outer(p, p) if loss == "cross_entropy" else torch.eye(3).double()
+        for sigma, h in zip(sigmas, hidden, strict=True):
+            J = torch.stack(
+                [torch.autograd.grad(out, h, create_graph=True)[0].flatten() for out in z[0]]
+            )
+            total = total + sigma**2 / 2 * (J.t() @ H @ J).trace()
+    return total / len(x)
+
+
+def full_oracle(model: nn.Sequential, x: Tensor, y: Tensor, sigma: float) -> Tensor:
+    """1/2 sigma^2 times the trace of the Hessian by noise added at each place."""
+    total = torch.zeros((), dtype=x.dtype)
+    shapes = [(len(x), n) for n in SIZES[:3]]
+    for k, shape in enumerate(shapes):
+
+        def loss(noise: Tensor, k: int = k) -> Tensor:
+            h = x + noise if k == 0 else x
+            a = model[1](model[0](h))
+            a = a + noise if k == 1 else a
+            b = model[3](model[2](a))
+            return F.cross_entropy(model[4](b + noise if k == 2 else b), y)
+
+        zero = torch.zeros(shape, dtype=x.dtype, requires_grad=True)
+        (first,) = torch.autograd.grad(loss(zero), zero, create_graph=True)
+        for i in range(first.numel()):
+            (row,) = torch.autograd.grad(first.reshape(-1)[i], zero, create_graph=True)
+            total = total + row.reshape(-1)[i]
+    return sigma**2 / 2 * total
+
+
+def assert_same(value: Tensor, expected: Tensor, model: nn.Module) -> None:
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-13)
+    how = {"allow_unused": True, "materialize_grads": True}
+    ours = torch.autograd.grad(value, [*model.parameters()], **how)
+    theirs = torch.autograd.grad(expected, [*model.parameters()], **how)
+    for came, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(came, wanted, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_exact_values_and_gradients(loss: str, activation: Callable[[], nn.Module]):
+    model, (x, _) = mlp(activation), batch()
+    penalty = NoisePenalty(0.3, loss=loss, projections="exact")
+    assert_same(penalty(model, x), oracle(model, x, [0.3] * 3, loss), model)
+    named = NoisePenalty({"input": 0.1, "1": 0.0, "3": 0.5}, loss=loss, projections="exact")
+    assert_same(named(model, x), oracle(model, x, [0.1, 0.0, 0.5], loss), model)
+
+
+def test_full_values_and_gradients():
+    model, (x, y) = mlp(), batch()
+    penalty = NoisePenalty(0.3, full=True, projections="exact")
+    assert_same(penalty(model, x, y), full_oracle(model, x, y, 0.3), model)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_random_vectors_are_unbiased(full: bool):
+    model, (x, y) = mlp(), batch()
+    exact = NoisePenalty(0.3, full=full, projections="exact")(model, x, y).item()
+    penalty = NoisePenalty(0.3, full=full, projections=2, seed=0)
+    draws = torch.stack([penalty(model, x, y).detach() for _ in range(150)])
+    assert abs(draws.mean() - exact) < 4 * draws.std() / math.sqrt(150)
+
+
+def test_gradients_of_an_estimate_are_those_of_its_value():
+    model, (x, y) = mlp(), batch()
+    for full in (False, True):
+        penalty = NoisePenalty(0.3, full=full)
+
+        def value(weight: Tensor, full: bool = full, penalty: NoisePenalty = penalty) -> Tensor:
+            names = dict(model.named_parameters()) | {"2.weight": weight}
+            return penalty(_Bound(model, names), x, y, seed=1)
+
+        assert torch.autograd.gradcheck(value, (model[2].weight,), atol=1e-7)
+
+
+class _Bound(nn.Module):
+    """A model with other parameters."""
+
+    def __init__(self, model: nn.Module, names: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.model, self.names, (x,))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_the_penalty_is_what_noise_adds_on_average(loss: str):
+    model, (x, labels) = mlp(), batch(6)
+    y = labels if loss == "cross_entropy" else F.one_hot(labels, 3).double()
+
+    def measured(sigma: float, draws: int = 60000) -> Tensor:
+        def mean(z: Tensor) -> Tensor:
+            if loss == "mse":
+                return (z - y.repeat(draws, 1)).square().sum(1) / 2
+            return F.cross_entropy(z, y.repeat(draws), reduction="none")
+
+        many = x.repeat(draws, 1)
+        with torch.no_grad(), GaussianNoise(model, sigma, seed=0):
+            noisy = mean(model(many)).unflatten(0, (draws, -1)).mean(1)
+        with torch.no_grad():
+            return noisy - mean(model(many)).mean()
+
+    sigma = 0.1
+    gain = measured(sigma)
+    error = gain.std().item() / math.sqrt(len(gain))
+    full = NoisePenalty(sigma, loss=loss, full=True, projections="exact")(model, x, y).item()
+    plain = NoisePenalty(sigma, loss=loss, projections="exact")(model, x).item()
+    assert abs(gain.mean().item() - full) < 4 * error + 0.05 * full
+    assert error < 0.05 * full
+    assert plain > 0
+
+
+def test_a_model_with_images_as_its_input():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3))
+    ).double()
+    x = torch.randn(2, 1, 6, 6, dtype=torch.float64)
+    penalty = NoisePenalty(0.2, "input", loss="mse", projections="exact")
+    expected = 0.04 * pf.regularizers.JacobianPenalty("exact")(model, x)
+    assert_same(penalty(model, x), expected, model)
+
+
+def test_branches_and_modules_called_twice():
+    model, (x, _) = Residual(), batch()
+    value = NoisePenalty(0.2, loss="mse", projections="exact")(model, x)
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(3):
+        point = x[b].clone().requires_grad_()
+        h = model.a(point).relu()
+        later = (model.b(h) + h).relu()
+        for place in (point, h, later):
+            for out in model.head(later):
+                (row,) = torch.autograd.grad(out, place, create_graph=True)
+                total = total + row.square().sum()
+    assert_same(value, 0.02 * total / 3, model)
+
+
+def test_class_scores_for_many_positions():
+    torch.manual_seed(0)
+    model = nn.Conv1d(2, 3, 1).double()
+    x = torch.randn(2, 2, 4, dtype=torch.float64)
+    value = NoisePenalty(0.2, "input", projections="exact")(model, x)
+    flat = x.transpose(1, 2).reshape(8, 2)
+    line = nn.Linear(2, 3).double()
+    line.load_state_dict({"weight": model.weight[..., 0], "bias": model.bias})
+    expected = NoisePenalty(0.2, "input", projections="exact")(line, flat)
+    torch.testing.assert_close(value, expected)
+
+
+def test_frozen_and_constant_places():
+    model, (x, _) = mlp().requires_grad_(False), batch()
+    frozen = NoisePenalty(0.3, ["1", "3"], projections="exact")(model, x)
+    assert frozen > 0
+    assert not frozen.requires_grad
+    nowhere = nn.Sequential(nn.Embedding(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert NoisePenalty(0.0)(mlp(), x) == 0
+    assert visited(nowhere, None, torch.tensor([1])) == ["activation (1, 4)"]
+
+
+class Constant(nn.Module):
+    """A place that depends on nothing, and an output that depends on no place."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.act, self.uses = nn.Tanh(), uses
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.act(torch.ones(3, dtype=x.dtype))
+        return gate.expand(len(x), 3) * 1 if self.uses else x[:, :3] * 1
+
+
+def test_places_beside_the_input():
+    x, _ = batch()
+    beside = NoisePenalty(1.0, "act", loss="mse", projections="exact")
+    assert beside(Constant(False), x) == 0
+    used = beside(Constant(True), x)
+    torch.testing.assert_close(used, torch.tensor(1.5).double())  # J = I, shared by all samples
+
+
+def test_a_linear_loss_has_no_curvature():
+    x, _ = batch()
+    model = nn.Linear(4, 3).double()
+    full = NoisePenalty(0.3, "input", loss="mse", full=True, projections="exact")
+    expected = NoisePenalty(0.3, "input", loss="mse", projections="exact")(model, x)
+    torch.testing.assert_close(full(model, x, torch.zeros(3, 3).double()), expected)
+
+
+def test_batch_norm_in_training_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, _ = batch()
+    before = copy.deepcopy(model.state_dict())
+    point = x.clone().requires_grad_()
+    rows = [torch.autograd.grad(out, point, retain_graph=True)[0] for out in model(point).flatten()]
+    model.load_state_dict(before)
+    expected = 0.09 / 2 * torch.stack(rows).square().sum().item() / 3
+    exact = NoisePenalty(0.3, "input", loss="mse", projections="exact")
+    assert exact(model, x).item() == pytest.approx(expected, rel=1e-9)
+    penalty = NoisePenalty(0.3, "input", loss="mse", seed=0)
+    draws = torch.stack([penalty(model, x).detach() for _ in range(300)])
+    assert abs(draws.mean() - expected) < 4 * draws.std() / math.sqrt(300)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_penalties_repeat():
+    model, (x, _) = mlp(), batch()
+    torch.manual_seed(2)
+    first = NoisePenalty(0.1)(model, x)
+    torch.manual_seed(2)
+    assert NoisePenalty(0.1)(model, x) == first
+    assert NoisePenalty(0.1)(model, x) != first
+    state = torch.get_rng_state()
+    assert NoisePenalty(0.1, seed=1)(model, x) == NoisePenalty(0.1)(model, x, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def _run(sigma: object, layers: object, *args: Tensor) -> object:
+    with GaussianNoise(mlp(), sigma, layers) as model:
+        return model(*args)
+
+
+REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "sigma": (lambda: NoisePenalty(-0.1), pf.errors.InputError, "sigma expects a finite number"),
+    "sigma, no number": (lambda: NoisePenalty({"a": "b"}), pf.errors.InputError, "got 'b'"),
+    "loss": (lambda: NoisePenalty(0.1, loss="hinge"), pf.errors.InputError, "got 'hinge'"),
+    "no such layer": (
+        lambda: GaussianNoise(mlp(), 0.1, ["1", "relu"]),
+        *(pf.errors.InputError, "'relu'"),
+    ),
+    "no sigma for a layer": (
+        lambda: GaussianNoise(mlp(), {"0": 0.1}, ["1"]),
+        *(pf.errors.InputError, "none for '1'; it has 0"),
+    ),
+    "no module": (lambda: GaussianNoise(torch.sin, 0.1), pf.errors.InputError, "an nn.Module"),
+    "a layer without a tensor": (
+        lambda: visited(nn.Sequential(nn.LSTM(4, 3)), "0*", torch.zeros(2, 4)),
+        *(pf.errors.InputError, "got tuple from '0'; name a module inside"),
+    ),
+    "a layer of integers": (
+        lambda: visited(nn.Sequential(nn.Flatten()), ["0"], torch.zeros(2, 4).long()),
+        *(pf.errors.InputError, "got torch.int64 from '0'"),
+    ),
+    "an input of integers": (
+        lambda: visited(nn.Embedding(3, 2), "input", torch.zeros(2).long()),
+        *(pf.errors.InputError, "called with a real floating-point tensor"),
+    ),
+    "no activation": (
+        lambda: visited(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), None, torch.zeros(2, 4)),
+        *(pf.errors.InputError, "and Sequential has none; name the modules"),
+    ),
+    "no targets": (
+        lambda: NoisePenalty(0.1, full=True)(mlp(), batch()[0]),
+        *(pf.errors.InputError, r"expects targets, penalty\(model, x, y\)"),
+    ),
+    "targets of another shape": (
+        lambda: NoisePenalty(0.1, full=True, loss="mse")(mlp(), *batch()),
+        *(pf.errors.ShapeError, r"shaped like the output, \(3, 3\), got \(3,\)"),
+    ),
+    "no target tensor": (
+        lambda: NoisePenalty(0.1, full=True, loss="mse")(mlp(), batch()[0], 3),
+        *(pf.errors.ShapeError, "got int"),
+    ),
+    "one logit": (
+        lambda: NoisePenalty(0.1)(nn.Linear(4, 1).double(), batch()[0]),
+        *(pf.errors.ShapeError, "at least two classes"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str):
+    call, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_it_says_what_it_is():
+    assert repr(NoisePenalty(0.1)) == "NoisePenalty(sigma=0.1, layers=None, loss='cross_entropy')"
