@@ -25,7 +25,8 @@ MOST_NODES = 4000
 class Reach:
     """log of a bound on ||d v / d h||_2 for a tensor v inside the step, (samples,).
 
-    ``exact`` says that it is the norm itself, ``rigid`` that d v / d h is orthogonal.
+    ``exact`` says that it is the norm itself, ``rigid`` that d v / d h has orthonormal rows, which
+    leave the norm of what is multiplied on the left as it is.
     """
 
     log: Tensor
@@ -152,13 +153,14 @@ def _inputs(order: Sequence[Node]) -> dict[Node, dict[int, GradientEdge]]:
 
 
 def _through(op: Op, bound: Bound, reach: Reach) -> Reach:
-    """One op after what came before: exact where all but one of the two are orthogonal."""
+    """One op after what came before: exact where either leaves norms as they are."""
     log = bound.log + reach.log
-    if op.kind in MOVES:
-        entering, leaving = op.shape(next(iter(op.inputs))), shape_of(op.output)
-        keeps = op.outputs == 1 and _numel(leaving) >= _numel(entering)
-        return Reach(log, reach.exact and (keeps or reach.rigid), reach.rigid and keeps)
-    return Reach(log, bound.exact and reach.rigid)
+    entering, leaving = _numel(op.shape(next(iter(op.inputs)))), _numel(shape_of(op.output))
+    if op.kind not in MOVES and not (op.kind == "Expand" and leaving == entering):
+        return Reach(log, bound.exact and reach.rigid)
+    keeps_norms = op.outputs == 1 and leaving >= entering
+    rigid = reach.rigid and leaving <= entering
+    return Reach(log, reach.exact and (keeps_norms or reach.rigid), rigid)
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -177,12 +179,13 @@ def _root_of_squares(logs: Tensor) -> Tensor:
     return (2 * logs).logsumexp(dim=0) / 2
 
 
+ADDITIONS = ("AddBackward0", "AddBackward1")
 INVERSE_RMS = ("RsqrtBackward0", "MeanBackward1", "PowBackward0")
 
 
 def _inverse_rms(node: Any, x: GradientEdge) -> Tensor | None:
     """The value of a node that is rsqrt(mean(x^2) + c), c >= 0, of the tensor at an edge."""
-    nodes = [each for each in _up_to(node, x) if each.name() != "AddBackward1"]
+    nodes = [each for each in _up_to(node, x) if each.name() not in ADDITIONS]
     if tuple(each.name() for each in nodes) != INVERSE_RMS:
         return None
     mean, power = nodes[1:]

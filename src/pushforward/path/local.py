@@ -196,7 +196,8 @@ def _columns(op: Op, number: int, factor: Tensor) -> Bound:
 
 
 # Entries are not negative and each row adds up to one at most: ||J||_inf <= 1, so that
-# ||J||_2^2 <= ||J||_1. With a single entry per row it is the norm.
+# ||J||_2^2 <= ||J||_1. With a single entry per row, or equal ones on inputs of its own, it is the
+# norm.
 @rule(
     *("Expand", "Repeat", "Index", "IndexSelect", "Gather", "Take", "TakeAlongDim", "AsStrided"),
     *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
@@ -206,6 +207,7 @@ def _columns(op: Op, number: int, factor: Tensor) -> Bound:
     *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D"),
     *("UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),
     *("Topk", "Kthvalue", "Median", "Mode", "MaskedSelect", "Mean"),
+    *("Amax", "Amin", "Max", "Min"),
 )
 def _picked(op: Op, number: int) -> Bound:
     return op.most(op.sum_of(number).sqrt(), op.inputs[number])
@@ -214,7 +216,7 @@ def _picked(op: Op, number: int) -> Bound:
 @rule(
     *("AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
     *("UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleTrilinear3D"),
-    *("UpsampleBilinear2DAa", "Amax", "Amin", "Max", "Min"),
+    "UpsampleBilinear2DAa",
 )
 def _averaged(op: Op, number: int) -> Bound:
     return op.most(op.sum_of(number).clamp(min=0).sqrt(), op.inputs[number], exact=False)
