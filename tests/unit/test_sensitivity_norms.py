@@ -208,6 +208,16 @@ def test_a_budget_takes_fewer_samples_at_once():
             sensitivity.jacobian_norm(net, x, memory=10)
 
 
+def test_a_budget_too_small_for_the_classes():
+    weight = torch.randn(5, 60, dtype=torch.float64)
+    with torch.no_grad():
+        whole = sensitivity.jacobian_norm(lambda x: x @ weight, batch(3))
+        found = sensitivity.jacobian_norm(lambda x: x @ weight, batch(3), memory=200_000)
+        torch.testing.assert_close(found, whole)
+        with pytest.raises(pf.errors.MemoryBudgetError, match="softmax over 60 classes"):
+            sensitivity.jacobian_norm(lambda x: x @ weight, batch(3), memory=9_000)
+
+
 @pytest.mark.parametrize("of", ["probabilities", "logits"])
 def test_derivatives_under_a_budget(of):
     net, x = network(), batch(40)

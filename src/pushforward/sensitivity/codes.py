@@ -139,7 +139,8 @@ class Watch(TorchDispatchMode):
         if call.op in pieces.BATCH_NORMS:
             return CouplingError(
                 f"linear_regions expects points that do not influence each other, got {name} in "
-                f"training mode{self._place()}; call .eval() first"
+                f"training mode{self._place()}; call .eval() first (instance normalisation has no "
+                "linear pieces in either mode)"
             )
         if call.is_pointwise or call.op in pieces.BENT or call.given.ended_by:
             return InputError(

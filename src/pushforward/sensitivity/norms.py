@@ -11,7 +11,12 @@ from torch import Tensor
 from pushforward import linalg
 from pushforward.boundary import Structure
 from pushforward.derivatives import jacobian
-from pushforward.errors import DifferentiationError, InputError, ShapeError
+from pushforward.errors import (
+    DifferentiationError,
+    InputError,
+    MemoryBudgetError,
+    ShapeError,
+)
 from pushforward.jacobians import Jacobian
 from pushforward.sensitivity.batches import budget, checked_batch, over_samples
 
@@ -97,6 +102,7 @@ def norm_of(J: Jacobian, of: str, room: int | None) -> Tensor:
         return finite(J.fro_norm())
     logits = checked_logits(J.value)
     if logits.dim() == 2 and room is not None and _takes(J) > room:
+        _require_room(logits, room)
         return finite(_norm_by_strips(J, logits, room))
     return finite(linalg.fro_norm(_of_probabilities(J, logits).flatten(1, -2)))
 
@@ -113,6 +119,16 @@ def _takes(J: Jacobian) -> int:
     return COPIES * 8 * (J.batch or 1) * m * n
 
 
+def _require_room(logits: Tensor, room: int) -> None:
+    """For the Jacobians of softmax, which are squares."""
+    needed = COPIES * 8 * logits.numel() * logits.shape[1]
+    if needed > room:
+        raise MemoryBudgetError(
+            f"memory={room} bytes expects room for the Jacobian of softmax over {logits.shape[1]} "
+            f'classes, got {needed} bytes; raise it, or ask for of="logits"'
+        )
+
+
 def _of_probabilities(J: Jacobian, logits: Tensor) -> Tensor:
     """(B, R, C, n) in double precision, for logits (B, C) or (B, C, *R)."""
     scales, directions = softmax_jacobian(logits.unsqueeze(-1).flatten(2))
@@ -125,11 +141,12 @@ def _norm_by_strips(J: Jacobian, logits: Tensor, room: int) -> Tensor:
     """The same without all entries at once: the rows of some probabilities at a time."""
     scales, directions = (part.squeeze(1) for part in softmax_jacobian(logits.unsqueeze(-1)))
     some = max(1, room * J.shape[0] // _takes(J))
-    strips = [
-        J.pull(columns.mT.to(J.dtype)).double() * scale.unsqueeze(1)
-        for columns, scale in zip(directions.split(some, 1), scales.split(some, 1), strict=True)
-    ]
-    return linalg.fro_norm(torch.stack([linalg.fro_norm(strip) for strip in strips], -1)[:, None])
+
+    def norm(columns: Tensor, scale: Tensor) -> Tensor:
+        return linalg.fro_norm(J.pull(columns.mT.to(J.dtype)).double() * scale.unsqueeze(1))
+
+    strips = zip(directions.split(some, 1), scales.split(some, 1), strict=True)
+    return linalg.fro_norm(torch.stack([norm(*strip) for strip in strips], -1).unsqueeze(1))
 
 
 def finite(norms: Tensor) -> Tensor:

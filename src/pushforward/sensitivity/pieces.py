@@ -89,7 +89,7 @@ AFFINE = frozenset(
         *(aten.avg_pool1d, aten.adaptive_avg_pool1d, aten._adaptive_avg_pool3d, aten.col2im),
         *(aten.upsample_bicubic2d, aten.upsample_trilinear3d, aten.upsample_nearest3d),
         *(aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten.positive),
-        *(aten._native_batch_norm_legit_no_training, aten.where),
+        *(aten._native_batch_norm_legit_no_training, aten.where, aten.nan_to_num),
     }
 )
 # Batch normalisation is affine where it takes its statistics from buffers: which argument says so.
