@@ -99,8 +99,8 @@ class LightningGainLogger:
 
 
 # What may be given to the class is what __init__ takes; __new__ passes it on.
-LightningGainLogger.__signature__ = inspect.signature(  # type: ignore
-    functools.partial(LightningGainLogger.__init__, None)
+LightningGainLogger.__signature__ = inspect.Signature(  # type: ignore
+    list(inspect.signature(LightningGainLogger.__init__).parameters.values())[1:]
 )
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pushforward.boundary import Arguments, Structure
-from pushforward.callbacks.wrapped import uncompiled
+from pushforward.boundary import Arguments, Structure, as_real
+from pushforward.callbacks.wrapped import interpreted, is_compiled
+from pushforward.composites import composites
 from pushforward.path.cuts import cuts
 from pushforward.path.record import Call, Crossing, recorded_calls
 from pushforward.path.steps import Border, borders, steps_between
-from pushforward.tape import Tape, named_nodes, record, source_node
+from pushforward.purity import recording, untouched
+from pushforward.tape import named_nodes, record
 
 # Between this and its inverse the squares of a float32 vector neither underflow nor overflow.
 TINY = 1e-12
@@ -39,10 +41,15 @@ class Passage:
     the same way.
     """
 
-    tape: Tape
     output: Tensor
     edges: tuple[GradientEdge, ...]
     graph: tuple[str, ...]
+
+    @staticmethod
+    def of(source: Tensor, output: Tensor, edges: Sequence[GradientEdge]) -> Passage:
+        start = get_gradient_edge(source)
+        walked = named_nodes([output.grad_fn], {start.node})
+        return Passage(output, (start, *edges), tuple(name for _, name in walked))
 
     def norms(self, cotangents: Tensor) -> tuple[Tensor, torch.dtype]:
         """Norms of the rows of the gradients at each edge, (edges, rows), in float64.
@@ -62,36 +69,42 @@ class Passage:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """The steps of a network: their names, and the places where all but the first begin."""
+    """The steps of a network: their names, and the places where all but the first begin.
+
+    ``composed`` is whether ops had to be written out, ``compiled`` whether parts are compiled.
+    """
 
     names: tuple[str, ...]
     places: tuple[Place, ...]
+    composed: bool
+    compiled: bool
 
     def follow(self, model: nn.Module, rows: Tensor) -> Passage | None:
-        """Pass rows through the model; None where its modules are not called as they were."""
-        with uncompiled(model), _hooked(model, self.places) as edges:
-            tape = _record(model, rows)
-        if len(edges) < len(self.places):
+        """Pass rows through the model; None where it does not go as it went."""
+        source = rows.detach().requires_grad_()
+        with (
+            interpreted() if self.compiled else nullcontext(),
+            composites() if self.composed else nullcontext(),
+            untouched(model),
+            _hooked(model, self.places) as edges,
+        ):
+            value = model(source.clone())
+            outputs = [as_real(leaf) for leaf in Structure.of(value)[0] if _is_real(leaf)]
+        lengths = {each.shape[:1] for each in outputs}
+        if len(edges) < len(self.places) or lengths != {rows.shape[:1]}:
             return None
-        return _passage(tape, [edges[place] for place in self.places])
+        return Passage.of(source, _whole(outputs), [edges[place] for place in self.places])
 
 
-def _record(model: nn.Module, rows: Tensor) -> Tape:
-    return record(model, Arguments.of((rows,), 0, 0), 0)
+def _is_real(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _passage(tape: Tape, edges: Sequence[GradientEdge]) -> Passage:
-    output = _whole(tape)
-    start = get_gradient_edge(tape.inputs[0])
-    walked = named_nodes([output.grad_fn], {source_node(tape.inputs[0])})
-    return Passage(tape, output, (start, *edges), tuple(name for _, name in walked))
-
-
-def _whole(tape: Tape) -> Tensor:
-    """The output as one matrix, (rows, numbers)."""
-    rows = tape.outputs[0].shape[0]
-    with torch.inference_mode(False), torch.enable_grad():
-        flat = [part.reshape(rows, -1) for part in tape.outputs]
+def _whole(outputs: Sequence[Tensor]) -> Tensor:
+    """The outputs as one matrix, (rows, numbers)."""
+    rows = outputs[0].shape[0]
+    with recording():
+        flat = [part.reshape(rows, -1) for part in outputs]
         whole = flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
         # An output that depends on nothing has no place in the graph; it gets one at its edge.
         return whole if whole.requires_grad else whole.clone().requires_grad_()
@@ -120,8 +133,11 @@ class Survey:
     """A forward pass with every call of every module written down."""
 
     passage: Passage
+    start: Crossing
     calls: tuple[Call, ...]
     marks: tuple[Border, ...]
+    composed: bool
+    compiled: bool
 
     @property
     def ends(self) -> list[str]:
@@ -130,23 +146,23 @@ class Survey:
 
     def route(self, chosen: Sequence[int]) -> tuple[Route, list[int]]:
         """The steps between some of the edges, given by their numbers; at which ones they begin."""
-        start = Crossing.of(self.passage.tape.inputs[0])
         marks = [self.marks[number - 1] for number in chosen]
-        steps = steps_between(start, marks, Crossing.of(self.passage.output), self.calls)
-        places = [_place(step.start, self.calls) for step in steps[1:]]
-        route = Route(tuple(step.name for step in steps), tuple(places))
+        steps = steps_between(self.start, marks, Crossing.of(self.passage.output), self.calls)
+        names = tuple(step.name for step in steps)
+        places = tuple(_place(step.start, self.calls) for step in steps[1:])
+        route = Route(names, places, self.composed, self.compiled)
         return route, [self.passage.edges.index(step.start.edge) for step in steps]
 
 
 def survey(model: nn.Module, rows: Tensor, layers: Sequence[str] | None) -> Survey:
     """Pass rows through the model and find where everything goes through one tensor."""
     with recorded_calls(model) as calls:
-        tape = _record(model, rows)
-    start, output = Crossing.of(tape.inputs[0]), _whole(tape)
+        tape = record(model, Arguments.of((rows,), 0, 0), 0)
+    start, output = Crossing.of(tape.inputs[0]), _whole(tape.outputs)
     found = borders(calls, cuts(Crossing.of(output).node, start.node), layers)
     marks = tuple(mark for mark in found if mark.place.shape[:1] == (len(rows),))
-    passage = _passage(tape, [mark.place.edge for mark in marks])
-    return Survey(passage, tuple(calls), marks)
+    passage = Passage.of(tape.inputs[0], output, [mark.place.edge for mark in marks])
+    return Survey(passage, start, tuple(calls), marks, tape.composed, is_compiled(model))
 
 
 def _place(crossing: Crossing, calls: Sequence[Call]) -> Place:

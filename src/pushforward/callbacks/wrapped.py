@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,13 +26,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inside
 
 
-def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Run the Python code of compiled modules, so that hooks see every call."""
-    compiled = any(
+def is_compiled(model: nn.Module) -> bool:
+    """Whether parts of a model run compiled code, in which hooks do not see every call."""
+    return any(
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def interpreted() -> AbstractContextManager[Any]:
+    """Run the Python code of compiled modules."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def plain_name(name: str, model: nn.Module) -> str:
