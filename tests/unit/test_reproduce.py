@@ -108,7 +108,7 @@ def test_spread_is_the_standard_deviation_of_a_sample():
     spread = Spread((1.0, 2.0, 6.0))
     assert spread.mean == pytest.approx(3)
     assert spread.deviation == pytest.approx(np.std([1, 2, 6], ddof=1))
-    assert str(spread) == "3 ± 2.65"
+    assert str(spread) == "3 ± 2.6"
 
 
 def test_one_seed_has_no_spread():

@@ -20,6 +20,7 @@ from pushforward.reproduce.training import (
     noisy_accuracy,
     outputs,
     same_draws,
+    steps_for,
     ticking,
 )
 from pushforward.sensitivity import decision_map
@@ -191,3 +192,8 @@ def test_cells_have_the_hue_of_their_class_where_the_network_is_sure():
     assert colours.max() == pytest.approx(1)
     assert [text.get_text() for text in axes.texts] == ["7", "8", "9"]
     assert axes.get_title() == "net"
+
+
+@pytest.mark.parametrize(("size", "steps"), [(1000, 30), (4000, 30), (10_000, 75), (60_000, 150)])
+def test_more_images_take_more_steps_up_to_five_times_as_many(size: int, steps: int) -> None:
+    assert steps_for(30, size) == steps

@@ -39,7 +39,12 @@ class Spread:
 
     def __str__(self) -> str:
         deviation = self.deviation
-        return number(self.mean) + ("" if deviation is None else f" ± {number(deviation)}")
+        return number(self.mean) + ("" if deviation is None else f" ± {_two_digits(deviation)}")
+
+
+def _two_digits(value: float) -> str:
+    """A spread is not known to more digits."""
+    return number(float(f"{value:.2g}"))
 
 
 @dataclass(frozen=True)
