@@ -143,14 +143,15 @@ def test_only_fitted_networks_count():
         net(gap=1, norm=1, norm_of_logits=3, transitions=1, area=0.8),
         net(gap=2, norm=2, norm_of_logits=2, transitions=2, area=math.nan),
         net(gap=3, norm=3, norm_of_logits=1, transitions=3, area=0.9),
-        net("wrong labels", gap=4, norm=4, norm_of_logits=0, transitions=9, area=0.1),
+        net("wrong labels", gap=4, norm=4, norm_of_logits=2.5, transitions=9, area=0.1),
         net(fitted=99.0, gap=0, norm=99, area=0.0),
     ]
     found = paper.in_population(nets)
     assert found["fitted networks"] == 4
     assert found["rank correlation, probabilities"] == pytest.approx(1)
-    assert found["rank correlation, logits"] == pytest.approx(-1)
+    assert found["rank correlation, logits"] == pytest.approx(-0.4)
     assert found["rank correlation, transitions"] == pytest.approx(1)
+    assert found["rank correlation with right labels, logits"] == pytest.approx(-1)
     assert found["area under the curve"] == pytest.approx(0.85)
 
 

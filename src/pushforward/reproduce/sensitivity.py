@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pushforward.report.canvas import BLUE, GREEN, MUTED, ORANGE, Picture, draw, legend, log_axis
+from pushforward.report.canvas import BLUE, GREEN, INK, MUTED, ORANGE, Picture, draw, log_axis
 from pushforward.report.words import number
 from pushforward.reproduce.curves import Curve, paint_curves
 from pushforward.reproduce.data import Images
@@ -260,16 +259,24 @@ def profile(model: nn.Sequential, paths: Tensor, settings: Settings) -> dict[str
 def in_population(nets: Sequence[Measured]) -> dict[str, float]:
     """Rank correlations with the gap, of networks that fit all training images."""
     fitted = [net for net in nets if net.train_accuracy == 100]
-    areas = [net.area for net in fitted if net.kind != "wrong labels"]
-    told = [area for area in areas if math.isfinite(area)]  # of networks that make mistakes
-    gaps = [net.gap for net in fitted]
+    right = [net for net in fitted if net.kind != "wrong labels"]
+    told = [net.area for net in right if math.isfinite(net.area)]  # of those that make mistakes
     return {
         "fitted networks": float(len(fitted)),
-        "rank correlation, probabilities": rank_correlation(gaps, [net.norm for net in fitted]),
-        "rank correlation, logits": rank_correlation(gaps, [n.norm_of_logits for n in fitted]),
-        "rank correlation, transitions": rank_correlation(gaps, [n.transitions for n in fitted]),
+        **_correlations(fitted, "rank correlation"),
+        **_correlations(right, "rank correlation with right labels"),
         "area under the curve": finite_mean(torch.tensor(told)),
     }
+
+
+def _correlations(nets: Sequence[Measured], name: str) -> dict[str, float]:
+    gaps = [net.gap for net in nets]
+    columns = {
+        "probabilities": [net.norm for net in nets],
+        "logits": [net.norm_of_logits for net in nets],
+        "transitions": [net.transitions for net in nets],
+    }
+    return {f"{name}, {what}": rank_correlation(gaps, some) for what, some in columns.items()}
 
 
 def of_factors(nets: dict[str, Measured]) -> dict[str, float]:
@@ -344,7 +351,7 @@ def scatter(outcomes: Sequence[Outcome]) -> Picture:
         left.set_xlabel("mean ‖J‖ of the probabilities")
         right.set_xlabel("mean ‖J‖ of the logits")
         left.set_ylabel("generalisation gap, points")
-        legend(left)
+        _legend_above(figure, left)
 
     rho = _mean_of(outcomes, "rank correlation, probabilities")
     of_logits = _mean_of(outcomes, "rank correlation, logits")
@@ -367,17 +374,16 @@ def along_the_paths(outcomes: Sequence[Outcome]) -> Picture:
 
     def paint(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        paint_curves(left, _profiles(outcomes, "norms"), marker=None)
-        paint_curves(right, _profiles(outcomes, "transitions"), marker=None)
+        paint_curves(left, _norms(outcomes), marker=None)
+        paint_curves(right, _transitions(outcomes), marker=None)
         for axes in (left, right):
             for place in (0, 120, 240):
                 axes.axvline(place, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.set_xticks(range(0, 361, 60))
             axes.set_xlabel("angle on the ellipse, degrees")
-        log_axis(left, "y")
-        left.set_ylabel("‖J‖ of the probabilities")
+        left.set_ylabel("log₁₀ ‖J‖ of the probabilities")
         right.set_ylabel("units that change in a step, %")
-        legend(left)
+        _legend_above(figure, left)
 
     apart, alike = (_mean_of(outcomes, f"norm on path, {name}") for name in list(PATHS)[:2])
     return Picture(
@@ -394,14 +400,40 @@ def along_the_paths(outcomes: Sequence[Outcome]) -> Picture:
     )
 
 
-def _profiles(outcomes: Sequence[Outcome], what: str) -> dict[str, Curve]:
+def _legend_above(figure: Any, axes: Any) -> None:
+    """One legend over all panels, which keep their widths."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), labelcolor=INK)
+
+
+def _norms(outcomes: Sequence[Outcome]) -> dict[str, Curve]:
+    return {
+        name: _curve(name, 360 / norms.shape[1], 0.0, norms.log10())
+        for name, norms in _along(outcomes, "norms").items()
+    }
+
+
+def _transitions(outcomes: Sequence[Outcome]) -> dict[str, Curve]:
+    """Means over windows of a thirty-sixth of the ellipse: single steps hold few transitions."""
     curves = {}
-    for name, colour in PATHS.items():
-        values = np.array([outcome.drawn["along"][name][what].numpy() for outcome in outcomes])
-        steps = len(outcomes[0].drawn["along"][name]["norms"])
-        places = [360 * step / steps for step in range(values.shape[1])]
-        curves[name] = Curve(places, values, colour, dashed=name == "pixels at random")
+    for name, changes in _along(outcomes, "transitions").items():
+        steps = changes.shape[1] + 1
+        window = max(1, steps // 36)
+        means = changes.unfold(1, window, window).mean(2)
+        curves[name] = _curve(name, 360 * window / steps, 0.5, means)
     return curves
+
+
+def _along(outcomes: Sequence[Outcome], what: str) -> dict[str, Tensor]:
+    """(seeds, places) for each kind of path."""
+    drawn = [outcome.drawn["along"] for outcome in outcomes]
+    return {name: torch.stack([along[name][what] for along in drawn]) for name in PATHS}
+
+
+def _curve(name: str, degrees: float, first: float, values: Tensor) -> Curve:
+    """Values at angles ``degrees`` apart, from ``first`` of that on."""
+    angles = [(first + place) * degrees for place in range(values.shape[1])]
+    return Curve(angles, values.numpy(), PATHS[name], dashed=name == "pixels at random")
 
 
 def _mean_of(outcomes: Sequence[Outcome], name: str) -> float:
@@ -440,11 +472,6 @@ CLAIMS = (
         value=lambda m: min(worse(m, "gap"), worse(m, "norm")),
         unit="of 3 comparisons",
         criterion=at_least(3),
-        shown=tuple(
-            f"{what}, {name}"
-            for what in ("gap", "norm")
-            for name in ("base", "moved images", "all images at once", "random labels")
-        ),
     ),
     Claim(
         text="Norms are low at training images and rise between them",
