@@ -8,18 +8,23 @@ import pickle
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import pushforward as pf
 from pushforward.callbacks import GainLogger, LightningGainLogger
 from pushforward.callbacks.gauge import directions, effort, gains
 from pushforward.callbacks.sinks import sink_of
+from pushforward.callbacks.wrapped import is_sharded
 
 WHOLE = "pushforward/log_norm"
 
@@ -397,7 +402,7 @@ class TestWhatMayChange:
 
         model, x = seeded(Grows()), normal(4, 3)
         watch = GainLogger(model, every=1, top=None, samples=4)
-        for depth in (1, 3, 2):
+        for depth in (1, 3, 2, 3, 1):
             model.depth = depth
             assert watch(x) == pytest.approx(expected(model, x), rel=1e-9)
 
@@ -490,6 +495,68 @@ class TestWrapped:
         model, x = seeded(mlp()), normal(4, 5)
         watch = GainLogger(nn.DataParallel(model), top=None, samples=4)
         assert watch(x) == pytest.approx(expected(model, x), rel=1e-9)
+
+
+@pytest.fixture
+def group(tmp_path: Any) -> Iterator[None]:
+    """This process as a group of its own; two are tried in tests/distributed."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+class TestGroup:
+    def test_sharded(self) -> None:
+        model, x = seeded(nn.Sequential(mlp(), nn.Linear(3, 2))), normal(9, 5)
+        goal = expected(model, x[:7])
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (model[0], model):
+            fully_shard(part, mesh=mesh)
+        watch = GainLogger(model, every=1, top=None, samples=7)
+        for _ in range(2):
+            assert watch(x) == pytest.approx(goal, rel=1e-9)
+        assert watch._gauge is not None
+        assert not watch._gauge.alone
+
+    def test_sharded_and_out_of_range(self) -> None:
+        """There is no way around it, since single steps would need what other processes hold."""
+        model = seeded(nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(60)))).float()
+        for layer in model:
+            layer.weight.data *= 0.05
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(pf.errors.DifferentiationError, match="that their dtype can hold"):
+            GainLogger(model)(normal(4, 3).float())
+
+    def test_fully_sharded_of_the_first_kind(self) -> None:
+        model = mlp()
+        assert not is_sharded(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        assert is_sharded(whole)
+
+    def test_data_parallel_parts(self) -> None:
+        """Names of steps go without the wrapper, whatever it wraps."""
+        model, x = seeded(nn.Sequential(mlp(), nn.Linear(3, 2))), normal(4, 5)
+        goal = expected(model, x)
+        whole = GainLogger(DistributedDataParallel(model), top=None, samples=4)
+        assert whole(x) == pytest.approx(goal, rel=1e-9)
+        model[0] = DistributedDataParallel(model[0])
+        assert GainLogger(model, top=None, samples=4)(x) == pytest.approx(goal, rel=1e-9)
+
+    def test_other_processes_do_not_log(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        seen: list[int] = []
+        watch = GainLogger(mlp(), log=lambda values, step: seen.append(step))
+        assert watch(torch.randn(4, 5)) is None
+        assert watch.measurements == 0  # only the first one measures
+        monkeypatch.setattr("pushforward.callbacks.logger.is_sharded", lambda model: True)
+        monkeypatch.setattr("pushforward.callbacks.logger.of_first", lambda x, size: (x, size))
+        watch = GainLogger(mlp(), log=lambda values, step: seen.append(step))
+        assert watch(torch.randn(4, 5)) is None
+        assert watch.measurements == 1  # all of them measure
+        assert not seen
 
 
 class TestSinks:

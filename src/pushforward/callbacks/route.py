@@ -149,8 +149,9 @@ class Survey:
         marks = [self.marks[number - 1] for number in chosen]
         steps = steps_between(self.start, marks, Crossing.of(self.passage.output), self.calls)
         names = tuple(step.name for step in steps)
-        places = tuple(_place(step.start, self.calls) for step in steps[1:])
-        route = Route(names, places, self.composed, self.compiled)
+        places = _places(self.calls)
+        begins = tuple(places[step.start.edge] for step in steps[1:])
+        route = Route(names, begins, self.composed, self.compiled)
         return route, [self.passage.edges.index(step.start.edge) for step in steps]
 
 
@@ -165,15 +166,15 @@ def survey(model: nn.Module, rows: Tensor, layers: Sequence[str] | None) -> Surv
     return Survey(passage, start, tuple(calls), marks, tape.composed, is_compiled(model))
 
 
-def _place(crossing: Crossing, calls: Sequence[Call]) -> Place:
-    """The first call that returns a tensor."""
+def _places(calls: Sequence[Call]) -> dict[GradientEdge, Place]:
+    """The first call that returns each tensor."""
     times: Counter[nn.Module] = Counter()
+    found: dict[GradientEdge, Place] = {}
     for call in calls:
         times[call.module] += 1
         for number, output in enumerate(call.outputs):
-            if output.edge == crossing.edge:
-                return Place(call.module, times[call.module], number)
-    raise AssertionError("every mark is the output of a call")
+            found.setdefault(output.edge, Place(call.module, times[call.module], number))
+    return found
 
 
 # --- finding them again -------------------------------------------------------------------------
