@@ -135,17 +135,22 @@ def _attempt(mapping: Map, arguments: Arguments, recipe: Recipe) -> _Attempt:
 
 
 def _completed(recipe: Recipe, made: Program) -> Recipe:
-    candidate = recipe.candidate
-    if candidate.strategy == "constant":
-        candidate = _settled(candidate, made)
-    return replace(recipe, candidate=candidate, evaluation=Evaluation(made))
+    chosen = bool(recipe.rejected)  # and not asked for by name
+    candidate = _settled(recipe.candidate, made, chosen)
+    rejected = tuple((name, why) for name, why in recipe.rejected if name != candidate.strategy)
+    return replace(recipe, candidate=candidate, rejected=rejected, evaluation=Evaluation(made))
 
 
-def _settled(candidate: Candidate, made: Program) -> Candidate:
-    """A constant Jacobian takes no pass; one that turns out to vary takes those it was found by."""
+def _settled(candidate: Candidate, made: Program, chosen: bool) -> Candidate:
+    """What is constant takes no pass, the Hessian of a quadratic form among them; what was taken
+    for constant and turns out to vary takes the passes that it was found by.
+    """
     if made.varies:
-        return replace(candidate, strategy="sparse")
-    return replace(candidate, jvps=0, vjps=0)
+        varying = candidate.strategy == "constant"
+        return replace(candidate, strategy="sparse") if varying else candidate
+    if candidate.strategy == "constant" or (chosen and candidate.strategy in ("sparse", "reverse")):
+        return replace(candidate, strategy="constant", jvps=0, vjps=0)
+    return candidate
 
 
 def _why_no_program(

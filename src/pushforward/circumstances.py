@@ -156,7 +156,20 @@ def _differentiable(tensor: Tensor) -> bool:
 
 
 def _same(old: Tensor, new: Tensor) -> bool:
-    return old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
+    if (old.shape, old.dtype, old.layout) != (new.shape, new.dtype, new.layout):
+        return False
+    return all(map(torch.equal, dense_parts(old), dense_parts(new)))
+
+
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor is stored in: itself, or indices and values of a sparse one."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 def _owner(state: State, tensor: Tensor) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -97,15 +98,32 @@ class Compressed:
             made.append(self.mirrored)
         return made
 
+    @property
+    def streams(self) -> bool:
+        """Whether what a pass gives are entries and zeros, each entry in one pass."""
+        return self.coloring.kind in ("rows", "columns")
+
+    def room(self, samples: int) -> int:
+        """Bytes that all entries take while they are made: the passes, copies of them, the rest."""
+        m, n = self.pattern.shape
+        passed = self.coloring.jvps * m + self.coloring.vjps * n
+        return samples * self.dtype.itemsize * (3 * passed + self.pattern.nnz)
+
+    def passes(self, linear: Linearization, chunk: int) -> Iterator[Callable[[], Tensor]]:
+        """The passes in chunks: each call gives ``(k, [B,] size)``."""
+        lead = linear.tape.domain.lead
+        if self.coloring.jvps:
+            linear.prepare_push()
+            for v in _spread(self.column_seeds, lead, chunk):
+                yield partial(linear.push, v)
+        if self.coloring.vjps:
+            for u in _spread(self.row_seeds, lead, chunk):
+                yield partial(linear.pull, u)
+
     def values(self, linear: Linearization, chunk: int) -> Tensor:
         """All entries in the order of the pattern, ``([B,] nnz)``."""
         lead = linear.tape.domain.lead
-        parts = []
-        if self.coloring.jvps:
-            linear.prepare_push()
-            parts += [linear.push(v) for v in _spread(self.column_seeds, lead, chunk)]
-        if self.coloring.vjps:
-            parts += [linear.pull(u) for u in _spread(self.row_seeds, lead, chunk)]
+        parts = [work() for work in self.passes(linear, chunk)]
         if not parts:
             return torch.zeros(*lead, 0, dtype=self.dtype, device=self.device)
         return self.read(parts, lead)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pushforward.boundary import Arguments
 from pushforward.building import Map, build, verify
+from pushforward.checks import check_samples
 from pushforward.circumstances import Circumstances
 from pushforward.errors import InputError, PlanError
 from pushforward.evaluations import Evaluation, Stale
@@ -233,6 +234,8 @@ def _by_program(plan: Plan, arguments: Arguments, evaluation: Evaluation) -> Jac
     try:
         if evaluation.program.guards:
             made.prepare()
+        if plan.may_couple:
+            check_samples(Problem(plan.linearise(arguments), plan.quantity, plan.memory, None))
         wrong = verify(plan.map, arguments, plan.recipe, once=True) if due(plan.recipe) else None
     except Stale:
         return None

@@ -55,10 +55,17 @@ class Evaluation:
             return self.program.run(*everything)
         wanted = [tensor for tensor in everything if tensor.requires_grad]
         if wanted and (self.trained or any(_is_computed(tensor) for tensor in wanted)):
+            self._compare(everything)
             return tuple(make())
         if wanted:
             return _OnDemand.apply(_Call(self, everything, make), *wanted)
         return self.program.run(*everything)
+
+    def _compare(self, everything: Sequence[Tensor]) -> None:
+        """Let the guards look at a point at which the program is not asked for values."""
+        if self.program.guards:
+            with torch.no_grad():
+                self.program.run(*everything)
 
 
 def _is_computed(tensor: Tensor) -> bool:

@@ -30,6 +30,10 @@ from pushforward.plans import Plan, function_name
 _KEEP_BYTES = 1 << 28
 # What a decomposition takes for each entry beside the entry itself: copies in double precision.
 _WORK_BYTES = 128
+_CHANGED = (
+    "expected the parameters that this Jacobian was taken at, but they were changed in place since "
+    "then; call pf.jacobian again after such a step"
+)
 
 
 class Jacobian(LinearOperator):
@@ -65,6 +69,8 @@ class Jacobian(LinearOperator):
     def _linear(self) -> Linearization:
         """The tape, made when something asks for it."""
         if self._made is None:
+            if self.plan.versions() != self._versions:
+                raise DifferentiationError(_CHANGED)
             with self.plan.late(self._arguments):
                 self._made = self.plan.linearise(self._arguments)
         return self._made
@@ -209,10 +215,7 @@ class Jacobian(LinearOperator):
     ) -> Sequence[Tensor]:
         """Entries through the tape, which holds parameters that a program would find changed."""
         if linear is None or linear.tape.census.stale or self.plan.recipe.candidate.split:
-            raise DifferentiationError(
-                "expected the parameters that this Jacobian was taken at, but they were changed in "
-                "place since then; call pf.jacobian again after such a step"
-            )
+            raise DifferentiationError(_CHANGED)
         return self.plan.taped_entries(arguments, linear)
 
     def _has_parts(self) -> bool:
@@ -301,6 +304,21 @@ class Jacobian(LinearOperator):
                 "entries; raise it, or ask for fro_norm(), diagonal() or J @ v, which need less"
             )
 
+    def _fits(self) -> bool:
+        """Whether the entries of the pattern, and what they are made of, keep to the budget."""
+        memory, compressed = self.plan.memory, self.plan.compressed
+        return memory is None or compressed is None or compressed.room(self.batch or 1) <= memory
+
+    def _require_room_for_values(self, compressed: Compressed) -> None:
+        memory, indices = self.plan.memory, 8 * (compressed.pattern.nnz + self.shape[0] + 1)
+        needed = compressed.room(self.batch or 1) + indices
+        if memory is not None and needed > memory:
+            raise MemoryBudgetError(
+                f"memory={memory} bytes expects a result that fits, got {compressed.pattern.nnz} "
+                f"entries, which take {needed} bytes with what they are made of; raise it, or ask "
+                "for fro_norm(), diagonal() or J @ v, which need less"
+            )
+
     def dense(self) -> Any:
         """All entries, ``out.shape + in.shape`` (after the batch), pytrees nested output first.
 
@@ -347,6 +365,7 @@ class Jacobian(LinearOperator):
             )
         compressed = self.plan.compressed
         if compressed is not None:
+            self._require_room_for_values(compressed)
             values = self._planned()[0]
             self._parts = None  # they are handed out, and may be written to
             return in_layout(compressed, values, layout)
@@ -382,8 +401,9 @@ class Jacobian(LinearOperator):
         if self.plan.strategy == "diagonal":
             scheme: Any = self.plan.recipe.candidate.scheme
             return scheme.diagonal(*self._planned())
-        if self.plan.scheme is not None:
-            return self._planned_diagonal()
+        planned = self._planned_diagonal()
+        if planned is not None:
+            return planned
         if self.plan.has_program:
             return self._entries().diagonal(dim1=-2, dim2=-1).clone()
 
@@ -393,14 +413,17 @@ class Jacobian(LinearOperator):
         parts = self._strips(part)
         return torch.cat(parts, dim=-1) if parts else self._empty().diagonal(dim1=-2, dim2=-1)
 
-    def _planned_diagonal(self) -> Tensor:
-        """The diagonal out of what the plan gives, or by a cheaper plan of its own."""
+    def _planned_diagonal(self) -> Tensor | None:
+        """The diagonal out of what the plan gives, or by a cheaper plan of its own; None where the
+        plan has no scheme, or one that gives more than the budget holds.
+        """
         if self._parts is None and self.plan.compressed is not None:
             cheaper = self.plan.for_diagonal(self._arguments)
             if cheaper is not None:
                 return cheaper
         scheme = self.plan.scheme
-        assert scheme is not None
+        if scheme is None or not self._fits():
+            return None
         return scheme.diagonal(*self._planned())
 
     def fro_norm(self) -> Tensor:
@@ -408,8 +431,13 @@ class Jacobian(LinearOperator):
 
         Strip by strip, so that it needs no room for all entries at once.
         """
-        if self.plan.compressed is not None and self.plan.entries_are_all:
-            return linalg.fro_norm(self._planned()[0].unsqueeze(-2))
+        compressed = self.plan.compressed
+        if compressed is not None:
+            if self._fits():
+                return linalg.fro_norm(self._planned()[0].unsqueeze(-2))
+            passes = compressed.passes(self._linear, self.plan.chunk)
+            norms = [linalg.fro_norm(self._sparingly(work).movedim(0, -2)) for work in passes]
+            return linalg.fro_norm(torch.stack(norms, dim=-1).unsqueeze(-2))
         if self._is_narrow() or (self.plan.memory is None and self._bytes() <= _KEEP_BYTES):
             return super().fro_norm()
         if 0 in self.shape:

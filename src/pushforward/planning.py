@@ -61,8 +61,11 @@ class Recipe:
 
 def choose(problem: Problem, wanted: str) -> Recipe:
     """Check the map, ask the strategies, take the cheapest and size its chunks."""
+    if wanted == "split":  # asked for by name it is looked for in small maps too
+        problem = replace(problem, weighed=True)
     notes = check_samples(problem) + check_batching(problem)
     asked = _asked(problem, wanted)
+    asked = {name: _within_budget(problem, c) for name, c in asked.items()}
     candidates = [c for c in asked.values() if isinstance(c, Candidate)]
     if not candidates:
         reasons = "; ".join(f"{name}: {why}" for name, why in asked.items())
@@ -75,6 +78,15 @@ def choose(problem: Problem, wanted: str) -> Recipe:
     batched = problem.linear.batched and best.strategy != "loop"
     chunk = chunk_size(problem, best)
     return Recipe(best, chunk, tuple(rejected), notes, batched, problem.structure)
+
+
+def _within_budget(problem: Problem, found: Candidate | str) -> Candidate | str:
+    """A candidate, or that its entries do not fit in the budget, nor go by in a stream."""
+    scheme = found.compressed if isinstance(found, Candidate) else None
+    if problem.memory is None or scheme is None or scheme.streams:
+        return found
+    room = scheme.room(problem.samples)
+    return f"its entries take {room} bytes" if room > problem.memory else found
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:
@@ -111,9 +123,14 @@ def check_again(problem: Problem, recipe: Recipe) -> None:
     Raises:
         CouplingError: samples influence each other at this point.
     """
-    census = problem.linear.tape.census
-    if due(recipe) or census.custom or not census.ops <= _KEEPS_APART:
+    if due(recipe) or may_couple(recipe, problem.linear.tape.census.ops):
         check_samples(problem)
+
+
+def may_couple(recipe: Recipe, ops: frozenset[str]) -> bool:
+    """Whether samples that were apart at one point may influence each other at another one."""
+    apart = recipe.structure.samples is not None and recipe.is_followed
+    return not apart and not ops <= _KEEPS_APART
 
 
 def as_views(ops: frozenset[str]) -> frozenset[str]:

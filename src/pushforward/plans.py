@@ -22,7 +22,7 @@ from pushforward.explaining import function_name, lines, table
 from pushforward.factors import Split
 from pushforward.passes import Linearization
 from pushforward.pattern import Pattern
-from pushforward.planning import Recipe
+from pushforward.planning import Recipe, may_couple
 from pushforward.purity import modes_set
 from pushforward.saving import Saved, save
 from pushforward.work import Op
@@ -134,6 +134,11 @@ class Plan:
         """How often each tensor that the program reads was written to."""
         evaluation = self.recipe.evaluation
         return () if evaluation is None else evaluation.versions()
+
+    @cached_property
+    def may_couple(self) -> bool:
+        """Whether the samples of a batch are to be checked wherever the plan is used."""
+        return self.domain.batch is not None and may_couple(self.recipe, self.recipe.ops)
 
     @cached_property
     def has_program(self) -> bool:

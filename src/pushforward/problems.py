@@ -24,13 +24,17 @@ _SMALL = 1 << 14
 
 @dataclass(frozen=True)
 class Problem:
-    """What there is to plan: a recorded map, the quantity wanted, the budget and the structure."""
+    """What there is to plan: a recorded map, the quantity wanted, the budget and the structure.
+
+    ``weighed`` says that costs are to be counted however small the map is.
+    """
 
     linear: Linearization
     quantity: str
     memory: int | None
     recorded: Cost | None
     structure: Structure = NOTHING
+    weighed: bool = False
 
     @property
     def m(self) -> int:
@@ -55,7 +59,7 @@ class Problem:
 
     @property
     def is_small(self) -> bool:
-        return self.entries <= _SMALL and self.memory is None
+        return self.entries <= _SMALL and self.memory is None and not self.weighed
 
     @cached_property
     def pull_cost(self) -> Cost:
@@ -87,4 +91,4 @@ def check_quantity(quantity: str) -> None:
 
 def check_memory(memory: int | None) -> None:
     if memory is not None and (not isinstance(memory, int) or memory <= 0):
-        raise InputError(f"memory expects a positive number of bytes, got {memory!r}")
+        raise InputError(f"memory expects a positive whole number of bytes, got {memory!r}")

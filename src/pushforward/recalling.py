@@ -27,12 +27,12 @@ from pushforward.plans import Plan
 from pushforward.problems import Problem
 from pushforward.saving import Conditions, digest
 from pushforward.state import State
-from pushforward.structure.graph import is_counted
+from pushforward.structure.graph import call_of, is_counted
 from pushforward.tape import Tape, inside_a_transform
 
 
 class Names(TorchDispatchMode):
-    """Notes the names of the ops that run inside, the first one under 1."""
+    """Notes the calls of ops that run inside, the first one under 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Names(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_counted(func):
-            self.names.append(func.overloadpacket.__name__)
+            self.names.append(call_of(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

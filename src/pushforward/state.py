@@ -48,6 +48,9 @@ _PARTS = (
 )
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
+# What autograd calls of a custom function that only its ``apply`` is named of.
+_OF_FUNCTIONS = {"forward", "backward", "setup_context", "jvp", "vjp"}
+
 Reader = Callable[[Any], Any]
 
 
@@ -154,11 +157,19 @@ class _Search:
             self._pending.append((thing, number))
 
     def run(self) -> None:
+        self._root()
         while self._pending or self._look_around():
             if len(self._places) >= _MOST:
                 self._known = False
                 return
             self._open(*self._pending.pop())
+
+    def _root(self) -> None:
+        """Note the function itself where nothing that is looked through would tell it."""
+        function, place = self._pending[0]
+        builtin = not isinstance(function, _OPENED) and _settled_name(type(function).__module__)
+        if builtin or (isinstance(function, types.FunctionType) and _settled(function)):
+            self._places.append(Place(place, _same, None, id(function), _reference(function)))
 
     def state(self) -> State:
         return State(tuple(self._places), _settings(), frozenset(self._tensors), self._known)
@@ -336,6 +347,11 @@ _OPENERS: tuple[tuple[Any, Callable[[_Search, Any, int], None]], ...] = (
 )
 
 
+_OPENED = tuple(
+    kind for kinds, _ in _OPENERS for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
+)
+
+
 def _place_of(parent: int, read: Reader, found: Any) -> Place:
     opened = isinstance(found, (*_BY_CONTENT, *_BYTES, set, frozenset))
     if opened and not (isinstance(found, types.FunctionType) and _settled(found)):
@@ -418,7 +434,7 @@ def _implied(space: type) -> set[str]:
         if not _settled_name(c.__module__)
         for name, value in vars(c).items()
         if name.startswith("__") and isinstance(value, types.FunctionType)
-    }
+    } | (_visible(space) & _OF_FUNCTIONS if issubclass(space, torch.autograd.Function) else set())
 
 
 def _slots(kind: type) -> Iterator[str]:

@@ -132,6 +132,8 @@ def constant(problem: Problem) -> Candidate | str:
 def batch(problem: Problem) -> Candidate | str:
     """Samples that do not meet: one pass serves a row, or a column, of all of them."""
     samples, pattern = problem.structure.samples, problem.structure.pattern
+    if problem.linear.tape.domain.batch is not None:
+        return "samples are apart already, by batch_dim=0"
     if samples is None or pattern is None:
         return "no batch of independent samples was found"
     tape = problem.linear.tape

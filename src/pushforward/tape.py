@@ -24,7 +24,11 @@ from pushforward.purity import Loan, RandomState, recording, untouched
 
 # det's backward takes an SVD when it runs under vmap with gradients on, and that SVD has no
 # derivative where singular values repeat. One cotangent at a time it solves with LU instead.
-_NOT_UNDER_VMAP = frozenset({"LinalgDetBackward0"})
+# By this name a census has custom functions that say under vmap what they refuse without it: that
+# they were differentiated twice.
+_ONCE = "once_differentiable"
+_NOT_UNDER_VMAP = frozenset({"LinalgDetBackward0", _ONCE})
+_ONCE_CODE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 _LAYER_NORM = "NativeLayerNormBackward0"
 # The node at which a gradient arrives at a leaf.
@@ -329,7 +333,14 @@ def take_census(
             ops.add(name)
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 custom.add(name)
+                ops.update({_ONCE} if _is_once(node) else ())
     return Census(frozenset(ops), frozenset(custom), tuple(versions), attach and attached, reaches)
+
+
+def _is_once(node: Any) -> bool:
+    """Whether the backward of a custom function is marked as one without a derivative."""
+    backward = getattr(type(node), "_forward_cls", None) and type(node)._forward_cls.backward
+    return getattr(backward, "__code__", None) is _ONCE_CODE
 
 
 def _has_a_bias_alone(node: Any) -> bool:

@@ -285,7 +285,7 @@ class TestBudget:
 
     @pytest.mark.parametrize("memory", [0, -1, 1.5])
     def test_is_a_number_of_bytes(self, memory):
-        with pytest.raises(InputError, match="positive number of bytes"):
+        with pytest.raises(InputError, match="positive whole number of bytes"):
             pf.jacobian(torch.sin, torch.ones(2), memory=memory)
 
 

@@ -438,7 +438,8 @@ def test_what_cannot_be_compared_makes_it_unknown(held: Any):
 
 
 def test_torch_itself_is_not_looked_through():
-    assert len(State.of(torch.sin).places) <= 1  # how many arguments there are
+    # Which function it is, and how many arguments there are.
+    assert len(State.of(torch.sin).places) <= 2
     assert len(State.of(lambda x: torch.nn.functional.gelu(torch.sin(x))).places) < 6
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 import pushforward as pf
 from oracles import loop_hessian, loop_jacobian
 from pushforward.errors import PlanError
+from pushforward.meter import measure
 from zoo_families.case import module, randn
 
 
@@ -231,3 +232,67 @@ def test_a_split_by_name():
 def test_constant_by_name_says_why_not():
     with pytest.raises(PlanError, match="the map is not affine"):
         pf.jacobian(torch.sin, randn(4), plan="constant")
+
+
+QUADRATIC = {
+    "products of neighbours": lambda x: (x[1:] * x[:-1]).sum(),
+    "squares of differences": lambda x: ((x[1:] - x[:-1]) ** 2).sum(),
+    "a form": lambda x: x @ torch.arange(36.0, dtype=x.dtype).reshape(6, 6) @ x,
+}
+
+
+@pytest.mark.parametrize("f", QUADRATIC.values(), ids=QUADRATIC)
+def test_the_hessian_of_a_quadratic_form_takes_no_product(f: Callable[[Tensor], Tensor]):
+    plan = pf.plan(f, randn(6), quantity="hessian")
+    assert (plan.strategy, plan.passes) == ("constant", 0)
+    x = randn(6, seed=5)
+    wanted = torch.autograd.functional.hessian(f, x)
+    torch.testing.assert_close(plan(x).matrix(), wanted)
+    torch.testing.assert_close(plan(x) @ x, wanted @ x)
+
+
+def test_split_by_name_in_a_small_map():
+    """It would not be chosen, and gives factors all the same."""
+    net = nn.Sequential(nn.Linear(40, 3), nn.Tanh(), nn.Linear(3, 40)).double()
+    x = randn(40)
+    J = pf.jacobian(net, x, plan="split")
+    assert (J.plan.strategy, J.plan.passes) == ("split", 6)
+    wanted = torch.autograd.functional.jacobian(net, x)
+    torch.testing.assert_close(J.matrix().detach(), wanted)
+    torch.testing.assert_close(J.svdvals()[:3].detach(), torch.linalg.svdvals(wanted)[:3])
+
+
+class TestBudgetsOfPatterns:
+    """Entries by a pattern keep to ``memory=`` as rows do: in a stream, or they are refused."""
+
+    x = randn(64, 40)
+
+    def net(self) -> nn.Module:
+        net = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 30)).double()
+        return net.requires_grad_(False)
+
+    def test_norms_stream(self):
+        net = self.net()
+        tight = pf.jacobian(net, self.x, memory=300_000)
+        assert tight.plan.strategy == "batch"
+        assert tight.plan.compressed.room(1) > 300_000
+        _, cost = measure(tight.fro_norm)
+        assert cost.peak <= 300_000
+        torch.testing.assert_close(tight.fro_norm(), pf.jacobian(net, self.x).fro_norm())
+
+    def test_entries_that_do_not_fit_are_refused(self):
+        tight = pf.jacobian(self.net(), self.x, memory=300_000)
+        with pytest.raises(pf.errors.MemoryBudgetError, match="76800 entries, which take"):
+            tight.sparse()
+
+    def test_the_diagonal_by_a_plan_of_its_own(self):
+        x = randn(60, 60)
+        tight = pf.jacobian(lambda u: laplacian(u) + u**3, x, memory=300_000)
+        torch.testing.assert_close(tight.diagonal(), (3 * x**2 - 4).reshape(-1))
+
+    def test_colourings_that_do_not_stream_give_way(self):
+        f = arrowhead
+        x = randn(200)
+        plan = pf.plan(f, x, memory=18_000)
+        assert plan.strategy in ("reverse", "forward")
+        assert "its entries take" in dict(plan.rejected)["sparse"]

@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
         reads = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Slot)]
         groups = self.recording.groups
         varies = any(groups[slot] in self._varying for slot in reads)
-        varies = varies and func.overloadpacket not in _FILLS
+        varies = varies and not _is_fill(func, args)
         if func in READS_A_VALUE:
             if varies:
                 self._add(Instruction(func, args, kwargs, (), frozenset(), result))
@@ -248,6 +248,12 @@ class Recorder(TorchDispatchMode):
         if storage.group not in self._varying:
             self.recording.constants[slot] = tensor
         return slot
+
+
+def _is_fill(func: Any, args: Any) -> bool:
+    """Whether a call makes the same of whatever values it is given."""
+    power_of_zero = func is aten.pow.Tensor_Scalar and args[1] == 0
+    return power_of_zero or func.overloadpacket in _FILLS
 
 
 def _refuse_sparse(tensor: Tensor) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pushforward.circumstances import Circumstances
+from pushforward.circumstances import Circumstances, dense_parts
 from pushforward.planning import Recipe
 from pushforward.saving.archive import Header
 
@@ -18,7 +18,7 @@ class Conditions:
     """What a plan that was loaded must find again.
 
     Attributes:
-        steps: the names of ops, by their numbers in a run.
+        steps: ops and the whole numbers among their arguments, by their numbers in a run.
         constants: of tensors that served as structure, where each is found from the function, and
             its digest.
         unplaced: how many more such tensors there were, which cannot be found again.
@@ -35,18 +35,23 @@ class Conditions:
 
 def digest(tensor: Tensor) -> str:
     """What tells whether a tensor has the same shape, dtype and values."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     kind = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
-    content = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    content = b"".join(map(_bytes_of, dense_parts(tensor.detach())))
     return hashlib.sha256(kind + content).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    plain = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def conditions(recipe: Recipe) -> Conditions:
     """What a recipe relies on."""
     circumstances = recipe.circumstances
     # An op that writes in place, or is no plain op, may be named otherwise at another run.
-    kept = [step for step in recipe.structure.graph.steps if not step.mutates]
-    steps = tuple((step.number, step.op) for step in kept)
+    graph = recipe.structure.graph
+    plain = [(step.number, step.call) for step in graph.steps if not step.mutates]
+    steps = tuple(sorted([*plain, *graph.views]))
     if circumstances is None:
         return Conditions(steps, (), 0, (), False)
     placed, unplaced = _placed(circumstances)

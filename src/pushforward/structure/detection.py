@@ -42,7 +42,8 @@ class Structure:
     Attributes:
         pattern: where it may be nonzero, (m, n) of one sample where there is a batch; None where
             nothing was detected.
-        samples: the number of independent samples along dimension 0, found without a hint; or None.
+        samples: the number of independent samples along dimension 0, wherever the map is evaluated;
+            None where that is not known.
         graph: the ops in order, for cuts and costs.
         guards: what all this relies on beside the code.
         dense_ops: ops without a rule, taken as dense, and how often each was met.
@@ -125,7 +126,7 @@ class _Findings:
         samples = self._samples()
         first = next(iter(self.followers.values()))
         first.graph.outputs = tuple(first.value_of(y) for y in self.outputs)
-        pattern, note = self._pattern(samples)
+        pattern, note = self._pattern(samples if self.domain.batch is None else None)
         dense = tuple(sorted(first.dense_ops.items()))
         tiers = tuple(name for name, f in self.followers.items() if f.failure is None)
         return Structure(pattern, samples, first.graph, first.guards, dense, tiers, note)
@@ -212,10 +213,10 @@ def _drawn(labels: list[np.ndarray], count: int) -> tuple[list[np.ndarray], int]
 def _sample_labels(inputs: Sequence[Tensor], domain: Layout) -> tuple[list[np.ndarray], int] | None:
     """One variable for each index along dimension 0, where that can be a batch."""
     sizes = {len(x) if x.dim() else 1 for x in inputs}
-    if domain.batch is not None or len(sizes) != 1 or sizes & {0, 1}:
+    if len(sizes) != 1 or sizes & {0, 1}:
         return None
     (count,) = sizes
-    if domain.size <= count:
+    if domain.batch is None and domain.size <= count:
         return None
     rows = np.arange(count)
     return [

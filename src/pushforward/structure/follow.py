@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pushforward.program.recorder import READS_A_VALUE
 from pushforward.purity import custom_functions
 from pushforward.structure.backwards import backward_reach
-from pushforward.structure.graph import Graph, Step, is_counted
+from pushforward.structure.graph import Graph, Step, call_of, is_counted
 from pushforward.structure.rules import RULES, Call
 from pushforward.structure.rules.affine import is_affine
 from pushforward.structure.rules.movement import MAKE_ZEROS
@@ -168,6 +168,8 @@ class Follower(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags or not (outputs or written):
             return
         if outputs and self._is_view(func, outputs):
+            if is_counted(func) and any(_active(read[id(t)]) for t in tensors):
+                self.graph.views.append((self._count, call_of(func, args, kwargs)))
             return
         call = Call(func, args, kwargs, outputs, self.sets, lambda t: read[id(t)], before)
         call.noted, call.returned = self._note, out
@@ -249,7 +251,8 @@ class Follower(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in outputs)
         sizes = tuple(t.numel() for t in outputs)
         mutates = bool(func._schema.is_mutable)
-        step = Step(_name(func), self._count, reads, writes, sizes, flops, moved, mutates)
+        said = call_of(func, call.args, call.kwargs)
+        step = Step(_name(func), said, self._count, reads, writes, sizes, flops, moved, mutates)
         self.graph.steps.append(step)
         self.graph.affine = self.graph.affine and is_affine(func, call.args, self._depends)
 
@@ -313,7 +316,7 @@ class Follower(TorchDispatchMode):
         writes = tuple(self.value_of(t) for t in outs)
         sizes = tuple(t.numel() for t in outs)
         moved = sum(t.numel() * t.element_size() for t in outs)
-        self.graph.steps.append(Step(name, self._count, reads, writes, sizes, 0, moved, True))
+        self.graph.steps.append(Step(name, name, self._count, reads, writes, sizes, 0, moved, True))
         self.graph.affine = False
 
     def _shadow(self, tensor: Tensor) -> Shadow:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 # The content of a storage between two writes: its number, and how often it was written.
 Value = tuple[int, int]
@@ -16,7 +17,7 @@ class Step:
     """One op that something depends on.
 
     Attributes:
-        op: its name.
+        op: its name; ``call`` has whole numbers, flags and words among its arguments too.
         number: which op of the run it was, those that nothing depends on counted.
         reads, writes: the values; ``sizes`` are the elements of each output.
         flops, moved: operations, and bytes of the outputs.
@@ -24,6 +25,7 @@ class Step:
     """
 
     op: str
+    call: str
     number: int
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
@@ -37,13 +39,22 @@ class Step:
 class Graph:
     """The steps of a run between its inputs and its outputs.
 
-    ``affine`` says that no op multiplied, or bent, what depends on the inputs.
+    ``affine`` says that no op multiplied, or bent, what depends on the inputs. ``views`` are calls
+    that made views of it, by their numbers.
     """
 
     steps: list[Step] = field(default_factory=list)
     inputs: tuple[Value, ...] = ()
     outputs: tuple[Value, ...] = ()
     affine: bool = True
+    views: list[tuple[int, str]] = field(default_factory=list)
+
+
+def call_of(func: Any, args: Any, kwargs: Any) -> str:
+    """The name of an op, with whole numbers, flags and words among its arguments."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    plain = [leaf for leaf in leaves if isinstance(leaf, (bool, int, str))]
+    return f"{func.overloadpacket.__name__}{plain or ''}"
 
 
 def is_counted(func: Any) -> bool:
