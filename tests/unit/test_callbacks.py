@@ -264,6 +264,7 @@ class TestDirections:
         )
         watch = GainLogger(model, every=1, top=None)
         found = [watch(x, step) for step in range(150)]
+        assert watch.exact is False
         exact = expected(model, x[:4])
         assert watch._gauge is not None
         for name in exact:
@@ -306,6 +307,7 @@ class TestWhen:
         assert found == [True, False, False] * 2 + [True, False]
         assert watch.measurements == 3
         assert watch.seconds > 0
+        assert watch.exact
 
     def test_steps_that_are_given(self) -> None:
         """Several batches of one step count once."""
@@ -655,8 +657,9 @@ class TestInputs:
         ("options", "message"),
         [
             ({"every": 0}, "every expects a whole number from 1 on, got 0"),
+            ({"every": None}, "every expects a whole number from 1 on, got None"),
             ({"top": 0}, "top expects a whole number from 1 on, got 0"),
-            ({"bottom": -1}, "bottom expects a whole number from 1 on, got -1"),
+            ({"bottom": -1}, "bottom expects a whole number from 0 on, got -1"),
             ({"samples": 1.5}, "samples expects a whole number from 1 on, got 1.5"),
             ({"directions": True}, "directions expects a whole number from 1 on, got True"),
             ({"layers": "x*"}, "'x\\*', which matches none"),

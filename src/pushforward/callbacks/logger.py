@@ -52,6 +52,7 @@ class GainLogger:
             takes a tensor as it is, and the first element of a tuple or list.
 
     Attributes:
+        exact: whether the gains that were measured last are exact; None before the first.
         measurements: how many were made.
         seconds: the time that they took.
 
@@ -69,6 +70,7 @@ class GainLogger:
     measure the batch of the first one. Under data parallelism the first one alone measures. Only
     the first one logs.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     >>> for layer in (net[0], net[2]):
     ...     _ = nn.init.ones_(layer.weight)
@@ -96,9 +98,11 @@ class GainLogger:
                 f"GainLogger expects an nn.Module, got {type(model).__name__}; its steps are the "
                 "calls of its submodules"
             )
-        _expect_counts(every=every, top=top, samples=samples, directions=directions)
-        if bottom != 0:
-            _expect_counts(bottom=bottom)
+        _expect_count("every", every)
+        _expect_count("bottom", bottom, least=0)
+        for name, count in (("top", top), ("samples", samples), ("directions", directions)):
+            if count is not None:
+                _expect_count(name, count)
         self.every, self.top, self.bottom, self.prefix = every, top, bottom, prefix
         self._model, self._inputs = unwrapped(model), inputs
         self._layers = checked_layers(self._model, layers)
@@ -107,6 +111,7 @@ class GainLogger:
         self._gauge: Gauge | None = None
         self._calls = 0
         self._last_step: int | None = None
+        self.exact: bool | None = None
         self.measurements = 0
         self.seconds = 0.0
 
@@ -140,7 +145,7 @@ class GainLogger:
             return None
         started = time.perf_counter()
         try:
-            values = self._values(self._read(gauge, batch, step))
+            reading = self._read(gauge, batch, step)
         except PushforwardError as error:
             if self.measurements == 0:
                 raise
@@ -149,8 +154,11 @@ class GainLogger:
         finally:
             self.seconds += time.perf_counter() - started
         self.measurements += 1
-        if not is_first():
-            return None
+        self.exact = reading.exact
+        return self._logged(reading, step) if is_first() else None
+
+    def _logged(self, reading: Reading, step: int) -> dict[str, float]:
+        values = self._values(reading)
         if self._sink is not None:
             self._sink(values, step)
         return values
@@ -224,8 +232,6 @@ def _like_model(x: Tensor, model: nn.Module) -> Tensor:
     return x if parameter is None else x.to(parameter.device)
 
 
-def _expect_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        whole = isinstance(count, int) and not isinstance(count, bool)
-        if count is not None and not (whole and count >= 1):
-            raise InputError(f"{name} expects a whole number from 1 on, got {count!r}")
+def _expect_count(name: str, count: Any, least: int = 1) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise InputError(f"{name} expects a whole number from {least} on, got {count!r}")
