@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from pushforward.errors import InputError
 from pushforward.reproduce.contractive_autoencoder import PAPER as CONTRACTIVE_AUTOENCODER
+from pushforward.reproduce.equilibrium import PAPER as EQUILIBRIUM
 from pushforward.reproduce.gaussian_noise_injection import PAPER as GAUSSIAN_NOISE_INJECTION
 from pushforward.reproduce.jacobian_regularization import PAPER as JACOBIAN_REGULARIZATION
 from pushforward.reproduce.paper import Paper
@@ -15,6 +16,7 @@ _ALL: tuple[Paper, ...] = (
     CONTRACTIVE_AUTOENCODER,
     GAUSSIAN_NOISE_INJECTION,
     SENSITIVITY,
+    EQUILIBRIUM,
 )
 PAPERS: dict[str, Paper] = {paper.name: paper for paper in _ALL}
 
