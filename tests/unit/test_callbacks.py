@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import pushforward as pf
 from pushforward.callbacks import GainLogger, LightningGainLogger
@@ -296,6 +297,45 @@ class TestDirections:
     def test_gains_behind_a_step_that_kills_everything(self) -> None:
         logs = torch.tensor([[-math.inf], [-math.inf], [2.0]])
         assert gains(logs).flatten().tolist() == [0.0, -math.inf, 2.0]
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Operations of products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+class TestCost:
+    @pytest.mark.parametrize("batch", [16, 64, 256])
+    @pytest.mark.parametrize(
+        ("build", "shape"),
+        [
+            (lambda: nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 10)), (50,)),
+            (lambda: nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 300)), (50,)),
+            (
+                lambda: nn.Sequential(
+                    nn.Conv2d(3, 8, 3),
+                    nn.ReLU(),
+                    nn.Conv2d(8, 8, 3),
+                    nn.Flatten(),
+                    nn.Linear(512, 10),
+                ),
+                (3, 12, 12),
+            ),
+        ],
+        ids=["mlp", "many outputs", "convolution"],
+    )
+    def test_below_a_training_step(
+        self, build: Callable[[], nn.Module], shape: tuple[int, ...], batch: int
+    ) -> None:
+        """So that it is below 1 % where every hundredth step is measured."""
+        model, x = build(), torch.randn(batch, *shape)
+        watch = GainLogger(model, every=1)
+        watch(x)
+        step = flops(lambda: model(x).square().sum().backward())
+        measurement = flops(lambda: watch(x))
+        assert 0 < measurement < 0.75 * step
 
 
 class TestWhen:
