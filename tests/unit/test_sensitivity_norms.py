@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pushforward as pf
-from pushforward.sensitivity import bar, batches, margin
+from pushforward.sensitivity import bar, batches, margin, norms
 from pushforward.sensitivity.norms import softmax_jacobian
 
 sensitivity = pf.sensitivity
@@ -206,6 +206,21 @@ def test_a_budget_takes_fewer_samples_at_once():
         assert min(sizes) < 40
         with pytest.raises(pf.errors.MemoryBudgetError):
             sensitivity.jacobian_norm(net, x, memory=10)
+
+
+@pytest.mark.parametrize("memory", [60_000, 150_000])
+def test_rows_in_strips_where_not_even_one_sample_fits_whole(memory, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(900, 6), nn.ReLU(), nn.Linear(6, 8)).double()
+    x = torch.randn(3, 900, dtype=torch.float64)
+    monkeypatch.setattr(norms, "_of_probabilities", None)  # what takes them whole
+    found = sensitivity.jacobian_norm(net, x, memory=memory)
+    expected = dense(lambda x: net(x).softmax(1), x).norm(dim=(1, 2))
+    torch.testing.assert_close(found.detach(), expected)
+    (slopes,) = torch.autograd.grad(found.sum(), net[0].bias)
+    monkeypatch.undo()
+    (wanted,) = torch.autograd.grad(sensitivity.jacobian_norm(net, x).sum(), net[0].bias)
+    torch.testing.assert_close(slopes, wanted, rtol=1e-8, atol=1e-12)
 
 
 def test_a_budget_too_small_for_the_classes():

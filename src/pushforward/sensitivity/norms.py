@@ -115,8 +115,9 @@ def matrix_of(J: Jacobian, of: str) -> Tensor:
 
 
 def _takes(J: Jacobian) -> int:
+    """The bytes of all that stands beside the Jacobian, that of softmax among it."""
     m, n = J.shape
-    return COPIES * 8 * (J.batch or 1) * m * n
+    return COPIES * 8 * (J.batch or 1) * m * max(m, n)
 
 
 def _require_room(logits: Tensor, room: int) -> None:
