@@ -431,6 +431,22 @@ def test_a_map_that_ignores_its_state():
     assert_close([x.grad], [x.detach().cos()])
 
 
+def test_second_derivatives_of_a_map_that_ignores_its_state():
+    x = normal(2, 3).requires_grad_()
+    z = fixed_point(lambda z: x.sin(), torch.zeros(2, 3, dtype=torch.float64)).z
+    (first,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert_close([second], [2 * (2 * x.detach()).cos()])
+
+
+def test_inference_mode():
+    layer = Layer()
+    with torch.inference_mode():
+        found = fixed_point(layer, layer.start)
+    assert not found.z.requires_grad
+    assert_close([found.z], [layer.unrolled()], 1e-8)
+
+
 # What stays as it was
 
 
@@ -522,6 +538,30 @@ def test_a_map_that_runs_away_leaves_the_best_point(solver: str):
     assert not found.converged.any()
     assert found.z.isfinite().all()
     assert found.residual.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_that_leaves_the_domain_comes_back(solver: str):
+    """The first steps overflow in one sample, and do not disturb the other."""
+    steepness = torch.tensor([[20.0], [0.5]], dtype=torch.float64)
+
+    def f(z: Tensor) -> Tensor:
+        return (-steepness * z).exp() - (steepness * z).exp() * 1e-3
+
+    start = torch.full((2, 2), -1.0, dtype=torch.float64)
+    found = fixed_point(f, start, solver=solver, unconverged="allow", max_evals=300)
+    assert found.z.isfinite().all()
+    assert not found.trace[:, 0].isfinite().all() or found.converged[0]
+    assert found.converged[1]
+
+
+@pytest.mark.parametrize("solver", ["anderson", "broyden"])
+@pytest.mark.parametrize("history", [1, 2, 9])
+def test_short_histories(solver: str, history: int):
+    layer = Layer()
+    found = fixed_point(layer, layer.start, solver=solver, history=history)
+    assert found.converged.all()
+    assert_close([found.z], [layer.unrolled()], 1e-8)
 
 
 def test_a_map_that_is_nan_at_the_start_is_refused():

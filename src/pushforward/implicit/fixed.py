@@ -98,7 +98,8 @@ def fixed_point(
             method, 1965), or ``"iteration"``, z <- f(z), which needs a contraction.
         tol, rtol: a sample has arrived where |f(z) - z| <= max(tol, rtol |f(z)|), Euclidean.
             ``rtol`` is 1e-10 in double, 1e-5 in single precision; with ``tol`` alone it is 0.
-            ``tol`` is ``rtol`` times the first residual, or times 1 where that is more.
+            ``tol`` is for solutions near zero: 64 eps times the first residual, or times 1 where
+            that is more.
         max_evals: of f, for the whole batch.
         batch_dim: 0, or None for one state; ``"auto"`` is 0 where every tensor of the state has two
             dimensions or more.
@@ -225,11 +226,13 @@ def _solver(
 
 
 def _limits(state_map: StateMap, tol: float | None, rtol: float | None, max_evals: int) -> Limits:
+    dtype = state_map.layout.dtype
     if rtol is None:
-        rtol = 0.0 if tol is not None else _default_rtol(state_map.layout.dtype)
+        rtol = 0.0 if tol is not None else _default_rtol(dtype)
     return Limits(
         None if tol is None else _at_least_zero(tol, "tol"),
         _at_least_zero(rtol, "rtol"),
+        min(rtol, 64 * torch.finfo(dtype).eps),
         _whole(max_evals, "max_evals"),
     )
 

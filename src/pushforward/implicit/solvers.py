@@ -195,17 +195,18 @@ SOLVERS: dict[str, Callable[[int, float], Solver]] = {
 class Limits:
     """When a search ends: |f(z) - z| <= max(tol, rtol |f(z)|), or max_evals evaluations.
 
-    ``tol=None`` is rtol times the first residual or 1, whichever is less: zero is a fixed point
-    like others, in any units.
+    ``tol=None`` is ``rounding`` times the first residual or 1, whichever is less: zero is a fixed
+    point like others, in any units.
     """
 
     tol: float | None
     rtol: float
+    rounding: float
     max_evals: int
 
     def least(self, first: Tensor) -> Tensor | float:
         """What is small enough in any case, after the first residuals."""
-        return self.rtol * first.clamp(max=1) if self.tol is None else self.tol
+        return self.rounding * first.clamp(max=1) if self.tol is None else self.tol
 
 
 @dataclass(frozen=True)
@@ -363,8 +364,8 @@ class _Run:
 
 
 def _shortened(best: _Point, losses: Tensor) -> Tensor:
-    """A step from the best point, half as long after each time that a sample was lost."""
-    part = 0.5 ** losses.clamp(max=10)[:, None]
+    """A step from the best point, a quarter as long after each time that a sample was lost."""
+    part = 0.25 ** losses.clamp(max=25)[:, None]
     return best.z + part * (best.value - best.z)
 
 
