@@ -312,7 +312,7 @@ class Arguments:
         if not domain.active:
             raise InputError(
                 "expected at least one floating-point or complex tensor to differentiate, got "
-                f"{domain.describe()}; convert it, or choose another argument with argnums="
+                f"{_kinds(values)}; convert it, or choose another argument with argnums="
             )
         if any(v.layout != torch.strided for v in domain.select(values)):
             raise InputError(
@@ -407,6 +407,17 @@ def _copied(tree: Any) -> Any:
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return copy.copy(tree)
     return structure.rebuild([v.clone() if isinstance(v, Tensor) else v for v in leaves])
+
+
+def _kinds(values: Sequence[Any]) -> str:
+    """What leaves are, for a message: dtypes of tensors, types of everything else."""
+    kinds = [
+        f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
+        if isinstance(v, Tensor)
+        else type(v).__name__
+        for v in values
+    ]
+    return ", ".join(dict.fromkeys(kinds)) or "nothing"
 
 
 def _normalise_argnums(

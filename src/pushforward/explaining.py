@@ -201,11 +201,16 @@ def _program(plan: Planned) -> str:
 def _costs(plan: Planned) -> Lines:
     cost, one = plan.cost, plan.recipe.candidate.cost
     if cost is not None:
-        done = f"{si(cost.flops)}FLOP, {si(cost.bytes)}B moved, {ops_in_words(cost.ops)}"
+        done = f"{_work(cost.flops)}, {si(cost.bytes)}B moved, {ops_in_words(cost.ops)}"
         yield "cost", f"{done}, about {si(cost.seconds)}s"
     if one is not None:
-        text = f"{si(one.flops)}FLOP, {si(one.moved)}B written, {si(one.peak)}B held"
+        text = f"{_work(one.flops)}, {si(one.moved)}B written, {si(one.peak)}B held"
         yield "one pass", text
+
+
+def _work(flops: int) -> str:
+    """What products of matrices and convolutions take; elementwise ops are counted in bytes."""
+    return f"{si(flops)}FLOP" if flops else "no products of matrices"
 
 
 def _rejected(recipe: Recipe) -> Lines:

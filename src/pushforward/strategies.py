@@ -103,7 +103,7 @@ def forward(problem: Problem) -> Candidate | str:
     # A forward pass stands on a second derivative, and has a graph of its own to build first.
     hopeless = problem.m <= problem.n if problem.is_small else problem.m * _PASS_RATIO <= problem.n
     if hopeless:
-        return f"{problem.n} passes where rows take {problem.m}"
+        return f"{problem.n} passes, and rows take no more: {problem.m}"
     refusal = why_not_forward(problem)
     if refusal is not None:
         return refusal

@@ -3,6 +3,7 @@
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,13 @@ class TestRefusals:
     def test_nothing_to_differentiate(self):
         with pytest.raises(InputError, match=r"at least one floating-point.*got int64\[2\]"):
             pf.jacobian(lambda x: x, torch.tensor([1, 2]))
+
+    @pytest.mark.parametrize(
+        ("given", "named"), [(np.ones(2), "ndarray"), (3.0, "float"), (None, "NoneType")]
+    )
+    def test_no_tensor_goes_in(self, given, named):
+        with pytest.raises(InputError, match=f"to differentiate, got {named};"):
+            pf.jacobian(lambda x: x, given)
 
     def test_no_tensor_comes_out(self):
         with pytest.raises(InputError, match=r"returns a floating-point or complex tensor.*float"):

@@ -382,6 +382,7 @@ class TestExplain:
         found = json.loads(capsys.readouterr().out)
         assert (found["shape"], found["input"]) == ([3, 5], "float32[5]")
         assert main(["explain", "nets.py:Lookup", "--input", "i64[3]"]) == USAGE
+        assert "there is nothing to differentiate with respect to" in capsys.readouterr().err
 
     def test_saves(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = ["explain", "nets.py:Smoother", "--input", "f32[1,1,40]", "--save", "s.plan"]

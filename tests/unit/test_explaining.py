@@ -58,7 +58,7 @@ PLANS: dict[str, tuple[Callable[[], pf.Plan], tuple[str, ...]]] = {
             "strategy   sparse: 3 ",
             "3 colours, no fewer than 3 will do",
             "ops, flat",
-            "FLOP, ",
+            "no products of matrices, ",
             "B moved",
             "rejected   constant: the map is not affine",
             "batch:    no batch of independent samples was found",

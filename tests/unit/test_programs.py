@@ -217,7 +217,7 @@ class TestRefusals:
         ],
     )
     def test_shapes_out_of_values(self, work: Work):
-        with pytest.raises(CannotRecord, match="its values give shapes"):
+        with pytest.raises(CannotRecord, match="makes shapes from values"):
             recorded(work, randn(3))
 
     @pytest.mark.parametrize(

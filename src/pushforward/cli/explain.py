@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ _DTYPES = {
 
 def run_explain(options: argparse.Namespace) -> int:
     """Print the plan for MODEL at inputs like ``--input``, as text or as one object of JSON."""
+    if options.save is not None:
+        _check_writable(Path(options.save))
     examples = [example(spec, options.seed + place) for place, spec in enumerate(options.input)]
     # What the user's code prints must not end up between the lines of the plan.
     with contextlib.redirect_stdout(sys.stderr):
@@ -57,11 +60,16 @@ def run_explain(options: argparse.Namespace) -> int:
 def _planned(model: nn.Module, examples: Sequence[Tensor], options: argparse.Namespace) -> Plan:
     """The plan; with respect to the first input that can be differentiated."""
     real = [x.is_floating_point() or x.is_complex() for x in examples]
+    if not any(real):
+        raise InputError(
+            f"--input expects an input of floating-point or complex numbers among others, got "
+            f"{', '.join(options.input)}; there is nothing to differentiate with respect to"
+        )
     try:
         return plan(
             model,
             *examples,
-            argnums=real.index(True) if any(real) else 0,
+            argnums=real.index(True),
             batch_dim=0 if options.batch else None,
             quantity=options.quantity,
         )
@@ -72,6 +80,12 @@ def _planned(model: nn.Module, examples: Sequence[Tensor], options: argparse.Nam
             f"the model does not take --input {', '.join(options.input)}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Say before the work, and not after it, that a file has no folder to lie in."""
+    if not path.parent.is_dir():
+        raise InputError(f"--save expects a file in a folder that is there, got {path}")
 
 
 def _told(found: Plan) -> str:

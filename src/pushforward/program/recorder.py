@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(tag in func.tags for tag in _REFUSED) and not _by_whole_numbers(func, args):
             raise CannotRecord(
-                f"{func.overloadpacket.__name__} draws random numbers, or its values give shapes"
+                f"{func.overloadpacket.__name__} draws random numbers, or makes shapes from values"
             )
         leaves, spec = pytree.tree_flatten((args, kwargs))
         slots = [self.slot(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -241,7 +241,7 @@ class Recorder(TorchDispatchMode):
         """A view that no op was seen to make: autograd keeps tensors in forms of its own."""
         other = next(iter(storage.slots.values()))
         if tensor.is_conj() or tensor.is_neg() or self.recording.like[other].dtype != tensor.dtype:
-            raise CannotRecord("a view of another kind is kept by autograd")
+            raise CannotRecord("autograd keeps a view that is conjugate, or of another dtype")
         slot = self._enter(tensor)
         where = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
         self._add(Instruction(aten.as_strided.default, (other, *where), {}, (slot,), frozenset()))
