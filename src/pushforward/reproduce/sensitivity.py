@@ -537,6 +537,8 @@ PAPER = Paper(
         "networks in minutes. What is not trained on is tested on.",
         "A network that does not fit all its training images in the steps that it has does not "
         "count, as in the paper.",
+        "Wrong labels raise the gap and both norms, which makes up a part of the correlations; "
+        "those among networks with right labels alone stand among the numbers.",
         "Transitions are counted per hundred hidden units, so that widths can be compared; the "
         "paper compares networks of one width.",
     ),
