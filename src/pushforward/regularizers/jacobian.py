@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +121,7 @@ def pair_of(first: Tensor | Callable[[Tensor], Any], second: Any, source: Source
 
 def mean_squared_norm(pair: Pair, projections: int | None, source: Source) -> Tensor:
     """The mean over the batch of ||J||_F^2, ``()``: exact, or from random projections."""
-    if not pair.between.connects:
+    if not pair.connects:
         return torch.zeros((), dtype=pair.y.dtype, device=pair.y.device)
     if projections is None:
         return _exact(pair) / pair.batch
@@ -135,7 +136,7 @@ def mean_squared_norm(pair: Pair, projections: int | None, source: Source) -> Te
 
 def all_outputs(y: Tensor) -> Tensor:
     """One cotangent for each output, the same for each sample, ``(C, B, C)``."""
-    outputs = y[0].numel()
+    outputs = math.prod(y.shape[1:])
     units = torch.eye(outputs, dtype=y.dtype, device=y.device)
     return units.unsqueeze(1).expand(outputs, len(y), outputs)
 
@@ -153,7 +154,7 @@ def _exact(pair: Pair) -> Tensor:
 def _by_structure(pair: Pair) -> Tensor | None:
     """The sum of the squared entries by a plan, where that takes far fewer passes than outputs."""
     origin = pair.origin
-    if origin is None or pair.outputs <= min(_MANY, pair.x[0].numel()):
+    if origin is None or pair.outputs <= min(_MANY, math.prod(pair.x.shape[1:])):
         return None
     if pair.norms:
         raise CouplingError(pair.coupling_message())
@@ -172,14 +173,16 @@ def _squared_norm(pair: Pair, cotangents: Tensor) -> tuple[Tensor, list[Tensor],
     """The sum of |u^T J|^2 over samples and cotangents; and what was pulled, to which place."""
     place, norm = stop(pair, len(cotangents))
     # Cotangents that go one by one stay in the cache up to the end.
-    groups = [cotangents] if pair.batched else cotangents.split(1)
+    together = len(cotangents) == 1 or pair.batched
+    groups = [cotangents] if together else cotangents.split(1)
     blocks = [pair.pull_to([place], group)[0] for group in groups]
-    return torch.stack([norm(block) for block in blocks]).sum(), blocks, place
+    return sum((norm(block) for block in blocks[1:]), norm(blocks[0])), blocks, place
 
 
 def stop(pair: Pair, count: int) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """How far to pull cotangents back, and what the squared norm at x then is."""
-    first = pair.first
+    # One row through a linear layer is the product that autograd computes.
+    first = pair.first if count > 1 or "ConvolutionBackward0" in pair.ops else None
     if isinstance(first, Affine) and count > 1:
         width, weight = len(first.weight), first.weight
         return first.edge, lambda rows: squared_norm_of_product(rows.reshape(-1, width), weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from pushforward.path.record import Crossing
 from pushforward.purity import RandomState
 from pushforward.regularizers.graph import Affine, Between, Convolution, first_layer
 from pushforward.regularizers.kinks import Evaluated
-from pushforward.tape import explained, op_name, record, take_census
+from pushforward.tape import explained, named_nodes, op_name, record, source_node, take_census
 
 # Kernels without a second derivative, by what their nodes are called.
 _FUSED_ATTENTION = ("FlashAttention", "EfficientAttention", "CudnnAttention")
@@ -46,6 +47,8 @@ class Pair:
     """``y``, ``(B, *out)``, with the graph that leads to it from ``x``, ``(B, *in)``.
 
     Attributes:
+        ops: names of the nodes of that graph, and of what else ``y`` was computed from.
+        connects: whether y depends on x at all.
         norms: names of batch-norm layers that take the mean of the batch, where they are known.
         origin: the model, its input and the random numbers that it drew from; None where the pair
             was given.
@@ -55,7 +58,8 @@ class Pair:
 
     x: Tensor
     y: Tensor
-    between: Between
+    ops: frozenset[str]
+    connects: bool
     norms: tuple[str, ...] = ()
     origin: Origin | None = None
     logits: Tensor | None = None
@@ -67,13 +71,17 @@ class Pair:
         _check_input(x)
         _check_output(y, len(x))
         _check_graph(x, y)
-        pair = Pair(x, y, Between.of(y, x))
-        if not pair.between.connects:
+        source = source_node(x)
+        nodes = named_nodes([source_node(y)], {source})
+        pair = Pair(
+            x, y, frozenset([name for _, name in nodes]), any(n is source for n, _ in nodes)
+        )
+        if not pair.connects:
             raise GraphError(
                 "expected y to be computed from x, but no graph leads from one to the other; "
                 "compute y from this very x, not from a copy or a slice taken before"
             )
-        _refuse_unfit(pair.between)
+        pair._refuse_unfit()
         return pair
 
     @staticmethod
@@ -90,9 +98,9 @@ class Pair:
         _check_output(tape.value, len(x))
         y = tape.outputs[0]
         norms = _coupling_norms(model if owner is None else owner, tape.loan.modules)
-        between = Between.of(y, tape.inputs[0])
-        origin = Origin(model, x, state)
-        return Pair(tape.inputs[0], y, between, norms, origin, attached=tape.census.attached)
+        census, origin = tape.census, Origin(model, x, state)
+        known = census.ops, census.reaches_inputs, norms, origin
+        return Pair(tape.inputs[0], y, *known, attached=census.attached)
 
     @property
     def batch(self) -> int:
@@ -100,7 +108,12 @@ class Pair:
 
     @property
     def outputs(self) -> int:
-        return self.y[0].numel()
+        return math.prod(self.y.shape[1:])
+
+    @cached_property
+    def between(self) -> Between:
+        """The nodes on the ways from x to y."""
+        return Between.of(self.y, self.x)
 
     @cached_property
     def first(self) -> Affine | Convolution | None:
@@ -185,6 +198,17 @@ class Pair:
             seen = weights * torch.cat(rows)
         return agree(came, seen.sum(0), seen.abs().amax() * len(seen), double=1e-9)
 
+    def _refuse_unfit(self) -> None:
+        """Raise where an op on the way has no second derivative, or a wrong one."""
+        if not any(map(_is_unfit, self.ops)):
+            return
+        met = sorted({op_name(n) for n in self.between.names.values() if _is_unfit(n)})
+        if met:
+            raise DifferentiationError(
+                f"expected ops that can be differentiated twice, got {', '.join(met)} between x "
+                "and y; give the model instead, penalty(model, x): there they are replaced"
+            )
+
     def coupling_message(self) -> str:
         """Say which layers let samples influence each other, and what to do."""
         if self.norms:
@@ -252,20 +276,8 @@ def _check_graph(x: Tensor, y: Tensor) -> None:
         )
 
 
-def _refuse_unfit(between: Between) -> None:
-    """Raise where an op on the way has no second derivative, or a wrong one."""
-    met = sorted(
-        {
-            op_name(name)
-            for name in between.names.values()
-            if name in UNFIT or any(part in name for part in (*_FUSED_ATTENTION, _COMPILED))
-        }
-    )
-    if met:
-        raise DifferentiationError(
-            f"expected ops that can be differentiated twice, got {', '.join(met)} between x and "
-            "y; give the model instead, penalty(model, x): there they are replaced"
-        )
+def _is_unfit(name: str) -> bool:
+    return name in UNFIT or any(part in name for part in (*_FUSED_ATTENTION, _COMPILED))
 
 
 def _coupling_norms(model: Any, ran: Sequence[nn.Module]) -> tuple[str, ...]:

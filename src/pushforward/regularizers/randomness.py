@@ -97,13 +97,12 @@ def directions(count: int, y: Tensor, source: Source) -> Tensor:
     if count == outputs:
         signs = source.signs((count, batch), y).to(y.dtype)
         return torch.eye(count, dtype=y.dtype, device=y.device).unsqueeze(1) * signs.unsqueeze(-1)
-    gauss = source.normal((batch, outputs, count), y)
     if count == 1:
-        units = gauss / gauss.norm(dim=1, keepdim=True)
-    else:
-        basis, factor = torch.linalg.qr(gauss)
-        # Signs that the algorithm chose would make the directions other than uniform.
-        units = basis * factor.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)
+        gauss = source.normal((1, batch, outputs), y)
+        return (gauss / gauss.norm(dim=-1, keepdim=True)).to(y.dtype)
+    basis, factor = torch.linalg.qr(source.normal((batch, outputs, count), y))
+    # Signs that the algorithm chose would make the directions other than uniform.
+    units = basis * factor.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)
     return units.movedim(-1, 0).to(y.dtype)
 
 
