@@ -2,7 +2,7 @@
 
 z = f(z, w) gives dz = (1 - J)^-1 f_w dw. A gate stands behind a copy of f's value: what comes in as
 the cotangent v goes on as u = (1 - J^T)^-1 v, itself the fixed point of u = J^T u + v. It is a node
-of its own: a hook on f's value would change what the last op of f, a tanh say, saved for itself.
+of its own: a hook on f's value would act on every product with J^T too, for these begin there.
 
 For higher orders gates are stacked as z_k = z_{k-1} - (1 - J)^-1 (z_{k-1} - f(z_{k-1})), J held
 fixed: each one makes one more order of derivatives exact. In a first pass nothing but rounding
