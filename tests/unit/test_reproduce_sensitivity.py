@@ -9,6 +9,7 @@ from torch import Tensor
 from pushforward.reproduce import sensitivity as paper
 from pushforward.reproduce.data import Images, held_out
 from pushforward.reproduce.sensitivity import PAPER, Measured, Recipe, Settings
+from pushforward.reproduce.sensitivity_figures import KINDS, PATHS
 from pushforward.reproduce.study import study
 
 TINY = Settings(
@@ -62,7 +63,7 @@ def test_large_images_are_taken_at_half_their_resolution():
 def test_recipes_stay_in_their_ranges():
     torch.manual_seed(0)
     recipes = [paper.drawn_recipe(TINY) for _ in range(300)]
-    assert {recipe.kind for recipe in recipes} == set(paper.KINDS)
+    assert {recipe.kind for recipe in recipes} == set(KINDS)
     assert {recipe.optimiser for recipe in recipes} == set(paper.OPTIMISERS)
     assert {recipe.batch for recipe in recipes} == {*paper.SMALL_BATCHES, 0}
     assert all(paper.RATES[0] <= recipe.rate <= paper.RATES[1] for recipe in recipes)
@@ -173,7 +174,7 @@ def test_places_on_paths():
     norms = torch.tensor([1.0, 5.0, 7.0, 2.0, 5.0, 8.0, 3.0, 5.0, 9.0, 0.0, 0.0, 0.0])
     norms = norms[:9]  # images at 0, 3 and 6, midway the step after each
     flat = {"norms": norms, "transitions": torch.ones(8)}
-    numbers = paper.along_paths(dict.fromkeys(paper.PATHS, flat))
+    numbers = paper.along_paths(dict.fromkeys(PATHS, flat))
     assert numbers["norm at images"] == 2
     assert numbers["norm midway"] == 5
     assert numbers["norm on path, one class"] == pytest.approx(5)
