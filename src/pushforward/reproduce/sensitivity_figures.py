@@ -47,8 +47,8 @@ def scatter(outcomes: Sequence[Outcome]) -> Picture:
         title="Generalisation gap against the norm of the Jacobian",
         caption=(
             f"Each dot is a network that classifies all of its training images as labelled: "
-            f"{len(fitted)} of {len(nets)}. Norms are means over test images. After figure 4 of "
-            "the paper, which takes probabilities."
+            f"{len(fitted)} of {len(nets)}. Norms are means over test images. After section 4.3 "
+            "of the paper, which takes probabilities."
         ),
         alt=f"Two scatter plots. Rank correlation of gap and norm: {number(rho)} for "
         f"probabilities, {number(of_logits)} for logits.",
@@ -79,7 +79,7 @@ def along_the_paths(outcomes: Sequence[Outcome]) -> Picture:
         caption=(
             "Left: the norm. Right: hidden units that pass to another linear piece in a step. "
             "Images lie at the dotted lines; means over paths, bands of one standard deviation "
-            "over seeds. After figure 1 of the paper."
+            "over seeds. After section 4.1 of the paper."
         ),
         alt=f"Norms are low at the images and high between them; their means are {number(apart)} "
         f"between classes and {number(alike)} within one.",
