@@ -202,10 +202,29 @@ class TestVerdict:
         assert found.slack == 1e-3
 
     def test_logarithms_do_not_overflow(self) -> None:
-        found = command.Measured({"norm": {None: torch.tensor([800.0, -800.0])}}, (4, 7), (), 0.0)
+        found = command.Measured({"norm": {None: torch.tensor([800.0, -800.0])}}, (4, 7), (), 1e-9)
         high, low = judged(found, {"max-norm": 1e300, "min-norm": 1e-300})
         assert (high.value, high.sample, high.passed) == (math.inf, 4, False)
         assert (low.value, low.sample, low.passed) == (0.0, 7, False)
+
+    def test_rounding_decides_nothing(self) -> None:
+        """Of values that rounding alone tells apart the first ones are named first."""
+        gains = {
+            "a": torch.tensor([0.0, 1.0]),
+            "b": torch.tensor([1.0 + 1e-7, 1.0 - 1e-7]),
+            "c": torch.tensor([0.5, 1.0 + 2e-7]),
+            "d": torch.tensor([-math.inf, 3.0]),
+            "e": torch.tensor([-math.inf, -math.inf]),
+        }
+        rows = {name: values.double() for name, values in gains.items()}
+        found = command.Measured({"gain": rows}, (4, 7), (), 1e-6)
+        high, low = judged(found, {"max-gain": 0.5, "min-gain": 1e3})
+        assert high.beyond == ("d", "a", "b", "c")
+        assert low.beyond == ("d", "e", "a", "c", "b")
+        assert (low.layer, low.sample) == ("d", 4)
+        del rows["d"], rows["e"]
+        (high,) = judged(found, {"max-gain": 0.5})
+        assert (high.layer, high.sample) == ("a", 7)
 
     def test_all_limits_have_a_quantity(self) -> None:
         assert {limit.quantity for limit in LIMITS} == {"gain", "norm", "spectral", "cond"}
@@ -238,7 +257,7 @@ class TestWords:
             command,
             "measured",
             lambda *args, **more: command.Measured(
-                {"norm": {None: torch.zeros(1)}}, (0,), ("merged: a\x1b[2J",), 0.0
+                {"norm": {None: torch.zeros(1)}}, (0,), ("merged: a\x1b[2J",), 1e-9
             ),
         )
         assert run("Scaled", "--data", "d.npz", "--max-norm", "4") == PASSED

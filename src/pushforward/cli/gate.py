@@ -19,6 +19,8 @@ from pushforward.report.measure import TILE, chunk_size, jacobian_shape, one_kin
 
 Progress = Callable[[float, float], None]
 
+HUGE = 1e6  # nats; no float has a logarithm as large
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -192,11 +194,11 @@ def _finding(found: Measured, limit: Limit, allowed: float) -> Finding:
     rows = found.logs[limit.quantity]
     names = list(rows)
     excess = sign * (torch.stack(list(rows.values())) - math.log(allowed))
-    step, sample = divmod(int(excess.argmax()), excess.shape[1])
-    # Every step counts on every sample, so that a limit that holds holds for all of them.
+    # Of several that rounding alone tells apart the first one is the worst.
+    step, sample = (excess >= excess.max() - found.slack).nonzero()[0].tolist()
     beyond = excess > found.slack
     worst = excess.amax(1)
-    order = [int(i) for i in worst.argsort(descending=True, stable=True) if beyond[int(i)].any()]
+    order = [i for i in ranked(worst, found.slack) if beyond[i].any()]
     return Finding(
         name=limit.name,
         quantity=limit.quantity,
@@ -214,6 +216,12 @@ def _finding(found: Measured, limit: Limit, allowed: float) -> Finding:
         beyond=tuple(name for i in order if (name := names[i]) is not None),
         samples_beyond=int(beyond.any(0).sum()),
     )
+
+
+def ranked(logs: Tensor, slack: float) -> list[int]:
+    """Places from the largest number to the smallest; those nearly as large keep their order."""
+    finite = logs.clamp(-HUGE, HUGE)
+    return ((finite.max() - finite) / slack).round().argsort(stable=True).tolist()
 
 
 def _exp(log: float) -> float:
