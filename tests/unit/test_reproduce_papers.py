@@ -269,3 +269,35 @@ def test_reliability_pools_seeds_by_their_samples():
 def test_largest_deviation_is_in_per_cent():
     pairs = torch.tensor([[1.0, 1.1], [2.0, 1.5]], dtype=torch.float64)
     assert injection.largest_deviation(pairs) == pytest.approx(25)
+
+
+# --- effects, at a fraction of the default size -------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_jacobian_penalty_makes_small_networks_robust(digits: Images):
+    settings = replace(
+        regularization.Settings(), hidden=60, steps=400, few_steps=60, subsets=1, resolution=10
+    )
+    found = study(regularization.PAPER, digits, 1, settings).numbers
+    assert found["norm of J, none"].mean > 2 * found["norm of J, Jacobian"].mean
+    assert found["PGD accuracy, Jacobian"].mean > found["PGD accuracy, none"].mean + 10
+    assert found["accuracy, Jacobian"].mean > 90
+
+
+@pytest.mark.slow
+def test_contraction_saturates_and_shrinks_small_encoders(digits: Images):
+    settings = replace(contractive.Settings(), hidden=50, steps=800, tuning_steps=300, measured=50)
+    found = study(contractive.PAPER, digits, 1, settings).numbers
+    assert found["norm of J, CAE"].mean < 0.8 * found["norm of J, AE"].mean
+    assert found["saturated units, CAE"].mean > found["saturated units, AE"].mean
+    assert found["test error, CAE"].mean < 15
+
+
+@pytest.mark.slow
+def test_noise_widens_margins_and_the_penalty_is_its_effect(digits: Images):
+    settings = replace(injection.Settings(), hidden=60, steps=500, pairs=60, inits=4)
+    found = study(injection.PAPER, digits, 1, settings).numbers
+    assert found["margin, injection"].mean > found["margin, none"].mean
+    assert found["margin, penalty"].mean > found["margin, none"].mean
+    assert found["deviation, injection"].mean < 20

@@ -50,12 +50,12 @@ class Settings:
     steps: int = 3000
     batch: int = 50
     rate: float = 0.03
-    contraction: float = 0.1
-    weight_decay: float = 1e-4
-    masked: float = 0.3
-    sigma: float = 0.3
-    tuning_steps: int = 1500
-    tuning_rate: float = 0.05
+    contraction: float = 1.0
+    weight_decay: float = 1e-3
+    masked: float = 0.5
+    sigma: float = 0.5
+    tuning_steps: int = 2500
+    tuning_rate: float = 0.1
     measured: int = 100
     directions: int = 10
     distances: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0)
@@ -341,5 +341,7 @@ PAPER = Paper(
     notes=(
         "Norms are means over test images of the Frobenius norm of the whole Jacobian; the "
         "paper's are scaled otherwise, so that ratios are what compares.",
+        "The strength of the penalty (0.3 or 1) and the share of masked pixels (0.3 or 0.5) were "
+        "chosen by the error on training images held out for that.",
     ),
 )

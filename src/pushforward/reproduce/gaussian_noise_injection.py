@@ -251,7 +251,7 @@ def penalty_against_effect(outcomes: Sequence[Outcome]) -> Picture:
         ),
         alt="Scatter plots of the explicit penalty against the measured effect of noise, with the "
         "diagonal, on logarithmic axes.",
-        svg=draw("effect", (7.6, 3.6), paint),
+        svg=draw("effect", (6.2, 3.4), paint),
     )
 
 

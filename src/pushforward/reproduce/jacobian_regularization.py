@@ -208,7 +208,7 @@ def decision_cells(outcome: Outcome) -> Picture:
         ),
         alt=f"Three maps of classes in the plane through a {a}, a {b} and a {c}: without penalty, "
         "with weight decay, and with the Jacobian penalty.",
-        svg=draw("cells", (8.6, 3.3), lambda figure: paint_cells(figure, maps, (a, b, c))),
+        svg=draw("cells", (6.6, 2.7), lambda figure: paint_cells(figure, maps, (a, b, c))),
     )
 
 
@@ -233,7 +233,7 @@ def robustness_curves(outcomes: Sequence[Outcome]) -> Picture:
         ),
         alt="Accuracy against the size of disturbances, without penalty, with weight decay and "
         "with the Jacobian penalty. " + _in_words(outcomes),
-        svg=draw("robustness", (7.6, 3.4), paint),
+        svg=draw("robustness", (6.4, 3.2), paint),
     )
 
 
