@@ -36,7 +36,8 @@ def run_reproduce(options: argparse.Namespace) -> int:
         if not options.json:
             summarise(found[paper.name], folder)
     if options.json:
-        print(json.dumps({name: payload(each) for name, each in found.items()}, indent=1))
+        content = {name: payload(each) for name, each in found.items()}
+        print(json.dumps(content, allow_nan=False, indent=1))
     return 0
 
 

@@ -278,7 +278,7 @@ CLAIMS = (
     ),
     Claim(
         text="Its features follow fewer directions",
-        published="direction only (Figure 2: fewer large singular values)",
+        published="direction only (Figure 2, CIFAR-bw: fewer large singular values)",
         value=lambda m: m["participation rank, CAE"] / m["participation rank, AE"],
         unit="times",
         criterion=at_most(0.75),
