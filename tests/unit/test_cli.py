@@ -117,8 +117,8 @@ class TestReport:
     def test_summary_and_files(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("nets.py:net", "--data", "d.npz") == DONE
         printed = capsys.readouterr()
-        assert "decades above the truth." in printed.out.splitlines()[0]
-        for phrase in ("layer", "gain", "||J||_2", "radius", "Written: out/report.html"):
+        assert "decades above the truth, and the segments rung meets it." in printed.out
+        for phrase in ("layer", "gain", "mixed", "||J||_2", "radius", "Written: out/report.html"):
             assert phrase in printed.out
         assert "\x1b" not in printed.out + printed.err
         assert printed.err == "Measuring 6 samples ...\n"

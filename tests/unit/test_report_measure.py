@@ -120,7 +120,10 @@ class TestMeasure:
         assert torch.allclose(total, path.log_norm)
         assert torch.allclose(path.log_norm.exp(), measured.jacobians.spectra.fro_norm)
         assert (path.rungs["frobenius"] >= path.log_norm - 1e-12).all()
-        assert path.certified == {"frobenius": True}
+        assert list(path.rungs) == ["frobenius", "mixed", "spectral", "segments"]
+        assert path.certified == dict.fromkeys(path.rungs, True)
+        assert path.labels == dict.fromkeys(path.rungs, "certified")
+        assert all((rung >= path.log_norm - 1e-12).all() for rung in path.rungs.values())
         assert [layer.name for layer in path.layers] == ["0", "1", "2"]
 
     def test_noise_tends_to_the_linear_prediction(self, measured: Measurement) -> None:

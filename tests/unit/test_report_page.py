@@ -115,7 +115,7 @@ class TestPage:
 
     def test_pictures_take_the_colours_of_the_page(self, page: str) -> None:
         drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-        assert len(drawings) == 5
+        assert len(drawings) == 6
         for drawing in drawings:
             assert "var(--" in drawing
             assert not re.findall(r"#[0-9a-fA-F]{6}\b", drawing)
@@ -220,9 +220,10 @@ class TestJson:
         path = report.measurement.path
         assert content["log_norm"]["per_sample"] == pytest.approx(path.log_norm.tolist())
         assert content["log_norm"]["mean"] == pytest.approx(path.log_norm.mean().item())
-        assert set(content["rungs"]) == set(content["certified"]) == {"frobenius"}
+        assert set(content["rungs"]) == {"frobenius", "mixed", "spectral", "segments"}
+        assert set(content["certified"]) == set(content["labels"]) == set(content["rungs"])
         assert [row["name"] for row in content["layers"]] == [layer.name for layer in path.layers]
-        for name in ("log_gain", "log_fro", "log_bound_so_far"):
+        for name in ("log_gain", "log_fro", "log_spectral", "log_bound_so_far"):
             for row in content["layers"]:
                 assert len(row[name]["per_sample"]) == 5
                 assert math.isfinite(row[name]["mean"])

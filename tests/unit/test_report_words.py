@@ -177,7 +177,7 @@ class TestVerdict:
     def test_headline_and_details(self, numbers: Measurement) -> None:
         words = verdict(numbers, torch.zeros(6, dtype=torch.long))
         assert "; the Frobenius bound is 0." in words.headline
-        assert words.headline.endswith(" decades above the truth.")
+        assert words.headline.endswith(" decades above the truth, and the segments rung meets it.")
         text = " ".join(words.details)
         for phrase in (
             "for the median sample",
@@ -191,8 +191,23 @@ class TestVerdict:
     def test_bound_that_is_met_or_estimated(self, numbers: Measurement) -> None:
         met = replace(numbers.path, rungs={"frobenius": numbers.path.log_norm})
         assert bound_sentence(replace(numbers, path=met)) == ("the Frobenius bound meets the truth")
-        guess = replace(numbers.path, certified={"frobenius": False})
-        assert "the estimated Frobenius bound is" in bound_sentence(replace(numbers, path=guess))
+        guess = replace(numbers.path, certified=dict.fromkeys(numbers.path.certified, False))
+        words = bound_sentence(replace(numbers, path=guess))
+        assert "the estimated Frobenius bound is" in words
+        assert words.endswith("above the truth")
+
+    def test_the_best_of_the_certified_rungs_is_named(self, numbers: Measurement) -> None:
+        certified = {"frobenius": True, "mixed": True, "spectral": False, "segments": False}
+        far = numbers.path.log_norm + 3
+        rungs = {**numbers.path.rungs, "frobenius": far + 3, "mixed": far}
+        path = replace(numbers.path, certified=certified, rungs=rungs)
+        words = bound_sentence(replace(numbers, path=path))
+        assert (
+            words
+            == "the Frobenius bound is 2.6 decades above the truth, the mixed rung 1.3 decades"
+        )
+        alone = replace(path, certified={**certified, "mixed": False})
+        assert bound_sentence(replace(numbers, path=alone)).endswith("above the truth")
 
     def test_accuracy_needs_labels_of_these_classes(self, numbers: Measurement) -> None:
         assert numbers.jacobians.margins is not None

@@ -27,7 +27,7 @@ from pushforward.report.optional import require
 from pushforward.report.payload import Report, to_json
 from pushforward.report.randomness import fitting_threads
 from pushforward.report.render import to_html
-from pushforward.report.summary import Step, spread_over_samples, steps
+from pushforward.report.summary import Step, alive, gap, spread_over_samples, steps
 from pushforward.report.verdict import verdict
 from pushforward.report.words import number, readable
 from pushforward.report.writing import write_together
@@ -120,6 +120,8 @@ def summarise(report: Report, page: Path) -> None:
     """The verdict, the layers that matter, the key numbers, and where the rest is."""
     print_text(report.verdict.headline, style="bold")
     print_table(("layer", "gain", "so far", "bound"), layer_rows(steps(report.measurement)), 1)
+    if alive(report.measurement).any():
+        print_table(("bound", "above the truth", ""), rung_rows(report.measurement), 1)
     print_text("decades (log10) from the input to the output, means over samples; ~ is estimated")
     print_table(("over samples", "a tenth below", "median", "a tenth above"), key_rows(report), 1)
     for sentence in report.verdict.details:
@@ -140,6 +142,14 @@ def layer_rows(path: tuple[Step, ...]) -> list[tuple[str, ...]]:
 def _layer_row(step: Step) -> tuple[str, ...]:
     bound = f"{step.bound:.2f}" + ("" if step.exact else "~")
     return readable(step.name), f"{step.gain:+.2f}", f"{step.level:.2f}", bound
+
+
+def rung_rows(measurement: Measurement) -> list[tuple[str, ...]]:
+    """The ladder of bounds: how far each is above the truth, and what it is."""
+    labels = measurement.path.labels
+    return [
+        (name, f"{max(0.0, gap(measurement, name)):.2f}", label) for name, label in labels.items()
+    ]
 
 
 def key_rows(report: Report) -> list[tuple[str, ...]]:

@@ -19,7 +19,15 @@ from pushforward.report.canvas import (
     log_axis,
     plain_numbers,
 )
-from pushforward.report.layer_figures import ROWS, WIDTH, bound_by_depth, condensed, waterfall
+from pushforward.report.layer_figures import (
+    ROWS,
+    WIDTH,
+    Rung,
+    bound_by_depth,
+    condensed,
+    ladder,
+    waterfall,
+)
 from pushforward.report.measure import Measurement
 from pushforward.report.optional import require
 from pushforward.report.summary import (
@@ -41,11 +49,17 @@ def pictures(measurement: Measurement) -> tuple[Picture, ...]:
         path = steps(measurement)
         rows = condensed(path, ROWS)
         found += [waterfall(rows, path_title(path)), bound_by_depth(rows, gap(measurement))]
+        found.append(ladder(_rungs(measurement), path[0].level))
     if visible(measurement).any():
         found += [spectrum(measurement), distribution(measurement)]
     if measurement.noise:
         found.append(noise(measurement))
     return tuple(found)
+
+
+def _rungs(measurement: Measurement) -> list[Rung]:
+    labels = measurement.path.labels
+    return [Rung(name, gap(measurement, name), label) for name, label in labels.items()]
 
 
 def visible(measurement: Measurement) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pushforward.report.canvas import (
     BLUE,
+    GREEN,
     INK,
     MUTED,
     ORANGE,
@@ -48,7 +50,8 @@ def _merged(run: Sequence[Step]) -> list[Step]:
     first = run[0]
     gain = sum(step.gain for step in run)
     exact = all(step.exact for step in run)
-    return [Step(f"({len(run)} smaller steps)", gain, first.level, first.bound, exact)]
+    name = f"({len(run)} smaller steps)"
+    return [Step(name, gain, first.level, first.bound, exact, first.mixed)]
 
 
 def shown(name: str) -> str:
@@ -120,7 +123,7 @@ def _write_gains(axes: Any, gains: Sequence[float]) -> None:
 
 
 def bound_by_depth(rows: Sequence[Step], distance: float) -> Picture:
-    """The Frobenius bound beside the truth, from the output back."""
+    """Products of the norms of layers beside the truth, from the output back."""
     exact = all(step.exact for step in rows)
     kind = "bound" if exact else "estimated bound"
 
@@ -132,18 +135,27 @@ def bound_by_depth(rows: Sequence[Step], distance: float) -> Picture:
         axes.plot(truth, places, color=BLUE, marker="o", markersize=4.5, label="truth")
         label = f"Frobenius {kind}"
         axes.plot(bound, places, color=ORANGE, marker="s", markersize=4.5, label=label)
+        mixed = [step.mixed for step in rows]
+        if None not in mixed:
+            label = "mixed bound"
+            axes.plot(mixed, places, color=GREEN, marker="^", markersize=4.5, label=label)
         _name_rows(axes, [shown(step.name) for step in rows])
         axes.set_xlabel(SIZE_LABEL)
         legend(axes)
 
     return Picture(
         key="bound",
-        title=f"The {kind} ends {number(distance, places=1)} decades above the truth",
+        title=(
+            f"The product of norms ends {number(distance, places=1)} decades above the truth"
+            if exact
+            else f"The {kind} ends {number(distance, places=1)} decades above the truth"
+        ),
         caption=(
             "At each layer, the derivative of the output by what enters that layer: its true size "
             "and the product of the Frobenius norms from there to the output, which the size "
             "cannot exceed. The shaded distance is what the product forgets about directions: "
-            "where it widens, the bound says little. Means over samples."
+            "where it widens, the bound says little. The mixed bound, one Frobenius norm among "
+            "spectral ones, forgets less. Means over samples."
         ),
         alt=(
             "Two lines by layer, from the output at the bottom to the input at the top: the truth "
@@ -151,3 +163,62 @@ def bound_by_depth(rows: Sequence[Step], distance: float) -> Picture:
         ),
         svg=draw("bound", (WIDTH, _height(rows)), paint),
     )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A bound in decades above the truth, and what it is: certified, probable or an estimate."""
+
+    name: str
+    distance: float
+    label: str
+
+
+def ladder(rungs: Sequence[Rung], truth: float) -> Picture:
+    """The bounds beside the truth, each as far as it is above it."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for place, rung in enumerate(rungs):
+            certified = rung.label == "certified"
+            colour, hatch = (GREEN, None) if certified else (ORANGE, "////")
+            bar = {"left": truth, "height": 0.6, "color": colour, "hatch": hatch, "alpha": 0.85}
+            axes.barh(place, rung.distance, **bar)
+        axes.axvline(truth, color=BLUE, linewidth=2)
+        names = [f"{rung.name}, {rung.label}" for rung in rungs]
+        axes.set_ylim(len(rungs) - 0.4, -0.6)
+        axes.set_yticks(range(len(rungs)), names)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.margins(x=0.06)
+        axes.grid(visible=False, axis="y")
+        _write_gains(axes, [rung.distance for rung in rungs])
+        axes.set_xlabel(SIZE_LABEL)
+
+    best = min(rungs, key=lambda rung: rung.distance)
+    return Picture(
+        key="ladder",
+        title=_ladder_title(best),
+        caption=(
+            "Bounds on ‖J‖ from the layers, in decades above the truth (line). Frobenius: the "
+            "product of all Frobenius norms. Spectral: the product of the largest singular "
+            "values, times the root of the narrowest width. Mixed: one Frobenius norm, the others "
+            "spectral. Segments: the same over groups of layers whose Jacobians are taken whole, "
+            "as many as a budget allows. Hatched bars are no certified bounds. Means over samples."
+        ),
+        alt=(
+            "Bars from the truth to each bound, in decades above it: "
+            + ", ".join(f"{rung.name} {rung.distance:.2f} ({rung.label})" for rung in rungs)
+            + "."
+        ),
+        svg=draw("ladder", (WIDTH, 1.0 + 0.3 * len(rungs)), paint),
+    )
+
+
+def _ladder_title(best: Rung) -> str:
+    if best.distance < MEETS:
+        return f"The ladder of bounds comes down to the truth at its {best.name} rung"
+    far = number(best.distance, places=1)
+    return f"The best rung of the ladder, {best.name}, is {far} decades above the truth"
+
+
+MEETS = 0.05  # decades

@@ -63,13 +63,16 @@ class Jacobians:
 class Layer:
     """A step of the path, with the names and units of `pf.path_bound`: nats, (B,).
 
-    ``exact`` says whether ``log_fro`` is exact, not an estimate.
+    ``exact`` says whether ``log_fro`` is exact, not an estimate; ``spectral_label`` whether
+    ``log_spectral`` is certified.
     """
 
     name: str
     exact: bool
+    spectral_label: str | None
     log_gain: Tensor
     log_fro: Tensor
+    log_spectral: Tensor
     log_bound_so_far: Tensor
 
 
@@ -80,6 +83,7 @@ class Path:
     log_norm: Tensor
     rungs: dict[str, Tensor]
     certified: dict[str, bool]
+    labels: dict[str, str]
     layers: tuple[Layer, ...]
     notes: tuple[str, ...]
 
@@ -289,22 +293,23 @@ def heat(matrix: Tensor, image_shape: tuple[int, int, int] | None) -> Tensor | N
 
 
 def _path(work: _Work, x: Tensor) -> Path:
-    bound = path_bound(
-        work.model, x, batch_dim=0, layers=work.layers, rungs=("frobenius",), seed=work.seed
-    )
+    bound = path_bound(work.model, x, batch_dim=0, layers=work.layers, seed=work.seed)
     return Path(
         log_norm=bound.log_norm.double(),
         rungs={name: rung.double() for name, rung in bound.rungs.items()},
         certified=dict(bound.certified),
-        layers=tuple(
-            Layer(row.name, row.exact, *(getattr(row, name).double() for name in _LOGS))
-            for row in bound.layers
-        ),
+        labels=dict(bound.labels),
+        layers=tuple(_layer(row) for row in bound.layers),
         notes=bound.notes,
     )
 
 
-_LOGS = ("log_gain", "log_fro", "log_bound_so_far")
+_LOGS = ("log_gain", "log_fro", "log_spectral", "log_bound_so_far")
+
+
+def _layer(row: Any) -> Layer:
+    logs = (getattr(row, name).double() for name in _LOGS)
+    return Layer(row.name, row.exact, row.spectral_label, *logs)
 
 
 def _noise(work: _Work, x: Tensor, sigma: float, draw: int) -> Noise | None:
@@ -356,6 +361,12 @@ def joined_paths(parts: Sequence[Path]) -> Path:
         log_norm=torch.cat([part.log_norm for part in parts]),
         rungs={name: torch.cat([part.rungs[name] for part in parts]) for name in first.rungs},
         certified={name: all(part.certified[name] for part in parts) for name in first.certified},
+        labels={name: _weakest([part.labels[name] for part in parts]) for name in first.labels},
         layers=tuple(joined(rows) for rows in zip(*(part.layers for part in parts), strict=True)),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )
+
+
+def _weakest(labels: Sequence[str]) -> str:
+    """What a rung is over all samples: certified where it is for each of them."""
+    return next((label for label in labels if label != "certified"), "certified")

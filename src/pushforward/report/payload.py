@@ -89,6 +89,7 @@ def _path(measurement: Measurement) -> dict[str, Any]:
         "rungs": {name: _column(rung, kept) for name, rung in path.rungs.items()},
         "gap": {name: _column(values, kept) for name, values in gaps.items()},
         "certified": path.certified,
+        "labels": path.labels,
         "layers": [_layer(layer, kept) for layer in path.layers],
         "notes": path.notes,
         "zero_jacobians": (~kept).nonzero().flatten(),
@@ -99,8 +100,10 @@ def _layer(layer: Layer, kept: Tensor) -> dict[str, Any]:
     return {
         "name": layer.name,
         "exact": layer.exact,
+        "spectral_label": layer.spectral_label,
         "log_gain": _column(layer.log_gain, kept),
         "log_fro": _column(layer.log_fro, kept),
+        "log_spectral": _column(layer.log_spectral, kept),
         "log_bound_so_far": _column(layer.log_bound_so_far, kept),
     }
 

@@ -13,7 +13,7 @@ from pushforward.report.figures import pictures
 from pushforward.report.images import heat_uri, picture_uri
 from pushforward.report.optional import require
 from pushforward.report.payload import Report
-from pushforward.report.summary import alive, gap, spread_over_samples, steps
+from pushforward.report.summary import alive, best_rung, gap, spread_over_samples, steps
 from pushforward.report.verdict import accuracy
 from pushforward.report.words import number, percent, readable
 
@@ -128,9 +128,16 @@ def _radius(report: Report) -> Key | None:
 
 
 def _gap(report: Report) -> Key | None:
-    if not alive(report.measurement).any():
+    """The Frobenius bound, and beside it the best of the certified ones."""
+    measurement = report.measurement
+    if not alive(measurement).any():
         return None
-    return Key("gap of the bound", number(gap(report.measurement), places=1), "decades, Frobenius")
+    value = number(gap(measurement), places=1)
+    best = best_rung(measurement)
+    if best in (None, "frobenius"):
+        return Key("gap of the bound", value, "decades, Frobenius")
+    beside = number(max(0.0, gap(measurement, best)), places=1)
+    return Key("gap of the bounds", f"{value}–{beside}", f"decades, Frobenius to {best}")
 
 
 def _accuracy(report: Report) -> Key | None:

@@ -49,25 +49,52 @@ def mean_log(measurement: Measurement, values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """A layer's means in decades. ``level`` is log10 ||d out/d h|| of the tensor before it."""
+    """A layer's means in decades. ``level`` is log10 ||d out/d h|| of the tensor before it.
+
+    ``bound`` is the product of Frobenius norms from there to the output; ``mixed`` has one of them
+    and spectral norms otherwise, and is None where not all of them are exact.
+    """
 
     name: str
     gain: float
     level: float
     bound: float
     exact: bool
+    mixed: float | None = None
 
 
 def steps(measurement: Measurement) -> tuple[Step, ...]:
     """The layers from the input to the output."""
+    layers = measurement.path.layers
+    mixed = _mixed(measurement) if all(layer.exact for layer in layers) else None
     found: list[Step] = []
     level = 0.0
-    for layer in reversed(measurement.path.layers):
+    for place in reversed(range(len(layers))):
+        layer = layers[place]
         gain = mean_log(measurement, layer.log_gain) / DECADE
         level += gain
         bound = mean_log(measurement, layer.log_bound_so_far) / DECADE
-        found.append(Step(layer.name, gain, level, bound, layer.exact))
+        best = None if mixed is None else mixed[place]
+        found.append(Step(layer.name, gain, level, bound, layer.exact, best))
     return tuple(reversed(found))
+
+
+def _mixed(measurement: Measurement) -> list[float]:
+    """From each layer to the output, one Frobenius norm at its best place, in decades."""
+    spectral = torch.zeros_like(measurement.path.log_norm)
+    least = torch.full_like(spectral, torch.inf)
+    found: list[float] = []
+    for layer in reversed(measurement.path.layers):
+        least = torch.minimum(layer.log_fro + spectral, layer.log_spectral + least)
+        spectral = spectral + layer.log_spectral
+        found.append(mean_log(measurement, least) / DECADE)
+    return found[::-1]
+
+
+def best_rung(measurement: Measurement) -> str | None:
+    """The certified rung that is nearest to the truth; None where none is certified."""
+    certified = [name for name, is_bound in measurement.path.certified.items() if is_bound]
+    return min(certified, key=lambda name: gap(measurement, name), default=None)
 
 
 def gap(measurement: Measurement, rung: str = "frobenius") -> float:

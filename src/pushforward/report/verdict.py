@@ -13,6 +13,7 @@ from pushforward.report.summary import (
     NoiseMean,
     Step,
     alive,
+    best_rung,
     gap,
     noise_means,
     spread_over_samples,
@@ -105,14 +106,25 @@ def _amount(decades: float) -> str:
 
 
 def bound_sentence(measurement: Measurement) -> str:
-    """How far the Frobenius bound is from the truth."""
+    """How far the Frobenius bound, and the best of the ladder, are from the truth."""
     certified = measurement.path.certified["frobenius"]
     bound = "the Frobenius bound" if certified else "the estimated Frobenius bound"
     distance = gap(measurement)
     if abs(distance) < NOTABLE:
         return f"{bound} meets the truth"
     side = "above" if distance > 0 else "below"
-    return f"{bound} is {_amount(abs(distance))} {side} the truth"
+    return f"{bound} is {_amount(abs(distance))} {side} the truth{_best_words(measurement)}"
+
+
+def _best_words(measurement: Measurement) -> str:
+    """The best of the certified rungs, where it is another one."""
+    best = best_rung(measurement)
+    if best in (None, "frobenius"):
+        return ""
+    distance = gap(measurement, best)
+    if distance < NOTABLE:
+        return f", and the {best} rung meets it"
+    return f", the {best} rung {_amount(distance)}"
 
 
 # --- the samples --------------------------------------------------------------------------------
