@@ -25,7 +25,9 @@ def truth(matrix: Tensor) -> Tensor:
 def test_a_scaled_rotation(method: str):
     """Where a Rayleigh quotient says anything up to 0.9 cos(angle) = 0.54."""
     radius = spectral_radius(lambda z: z @ TURN.T, torch.zeros(3, 2).double(), method=method)
-    torch.testing.assert_close(radius.value, torch.full((3,), 0.9, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        radius.value, torch.full((3,), 0.9, dtype=torch.float64), rtol=1e-9, atol=0
+    )
     assert radius.converged
     v = normal(2)
     assert abs((v @ TURN @ v / (v @ v)).item()) < 0.6

@@ -89,17 +89,18 @@ class _Rows:
     def add(self, rows: Tensor) -> None:
         """Add one row per sample, in the place of the oldest where there is no more space."""
         place = self._count % self._most
-        if self._space is None or place >= self._space.shape[1]:
-            self._grow(rows)
-        self._space[:, place] = rows
+        space = self._space
+        if space is None or place >= space.shape[1]:
+            space = self._space = self._larger(rows)
+        space[:, place] = rows
         self._count += 1
 
-    def _grow(self, rows: Tensor) -> None:
+    def _larger(self, rows: Tensor) -> Tensor:
         size = min(self._most, max(8, 2 * len(self)))
         space = rows.new_zeros((len(rows), size, rows.shape[1]))
         if self._space is not None:
             space[:, : len(self)] = self.kept
-        self._space = space
+        return space
 
     def clear(self, samples: Tensor) -> None:
         """Zero for some samples."""
