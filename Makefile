@@ -25,6 +25,7 @@ benchmarks: $(READY)  ## time the library against its peers
 	$(BIN)/python benchmarks/exact.py
 	$(BIN)/python benchmarks/exact.py --planning
 	$(BIN)/python benchmarks/dense.py
+	$(BIN)/python benchmarks/penalties.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
