@@ -42,7 +42,8 @@ def log_spectral_by_ops(passes: Passes, step: Step, samples: int) -> Reach | Non
     """
     order = between(step.stop.node, step.start.node)[::-1]
     if not order:  # nothing leads back
-        return Reach(torch.full((samples,), -torch.inf, dtype=torch.float64), exact=True)
+        never = torch.full((samples,), -torch.inf, dtype=torch.float64, device=step.stop.device)
+        return Reach(never, exact=True)
     if len(order) > MOST_NODES:
         return None
     walk = _Walk.along(passes, step, order, samples)

@@ -81,7 +81,7 @@ class Op:
     def sum_of(self, number: int) -> Tensor:
         """The same for one input; zeros where it has no gradient."""
         found = self.sums[number]
-        return torch.zeros(self.shape(number)) if found is None else found
+        return torch.zeros(self.shape(number), device=self.device) if found is None else found
 
     def most(self, values: Tensor, edge: GradientEdge | None = None, exact: bool = True) -> Bound:
         """The largest for each sample; exact where samples can be told apart."""
@@ -419,4 +419,4 @@ def _units(op: Op, rows: int) -> Iterable[Tensor]:
 def _row(op: Op, number: int, seed: Tensor) -> Tensor:
     found = op.pulled(seed)[number]
     columns = math.prod(op.shape(number))
-    return torch.zeros(columns, dtype=seed.dtype) if found is None else found.reshape(columns)
+    return seed.new_zeros(columns) if found is None else found.reshape(columns)

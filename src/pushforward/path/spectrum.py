@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def gram(matrices: Tensor) -> Tensor:
 def log_norms(matrices: Tensor) -> Tensor:
     """Return log ||A||_2 of (..., m, n), with a margin for rounding; (...)."""
     if 0 in matrices.shape[-2:]:
-        return torch.full(matrices.shape[:-2], -torch.inf, dtype=torch.float64)
+        return matrices.new_full(matrices.shape[:-2], -torch.inf, dtype=torch.float64)
     sizes = matrices.abs().amax(dim=(-2, -1), keepdim=True).double()
     scaled = matrices / torch.where(sizes > 0, sizes, 1.0)
     return log_root(gram(scaled)) + sizes[..., 0, 0].log()
@@ -73,17 +75,18 @@ def log_greatest(matrices: Tensor) -> float:
         if float(bounds[chosen[0]]) <= found:
             break
         found = max(found, float(log_root(grams[chosen]).max()))
-    return found + float(torch.tensor(size, dtype=torch.float64).log())
+    return found + math.log(size)
 
 
 def _log_gram_bounds(grams: Tensor) -> Tensor:
     """Half of log ||G^p||_F / p for p = 2^squarings; powers are kept at size one."""
-    power, log, exponent = grams, torch.zeros(len(grams), dtype=torch.float64), 1.0
+    power, exponent = grams, 1.0
+    log = torch.zeros(len(grams), dtype=torch.float64, device=grams.device)
     for _ in range(PRUNING_SQUARINGS):
         size = torch.linalg.vector_norm(power, dim=(-2, -1)).double()
         power = power / torch.where(size > 0, size, 1.0)[:, None, None]
-        log = log + size.log().to(log.device) / exponent
+        log = log + size.log() / exponent
         power, exponent = power @ power, 2 * exponent
-    last = torch.linalg.vector_norm(power, dim=(-2, -1)).double().log().to(log.device)
+    last = torch.linalg.vector_norm(power, dim=(-2, -1)).double().log()
     slack = 1e-12 * grams.shape[-1]
     return (log + last / exponent) / 2 + slack
