@@ -55,6 +55,22 @@ def samples_independent(problem: Problem) -> bool:
         for scale in sample_scales(problem.samples):
             factor = scale.to(u.device, u.dtype).reshape(1, -1, 1)
             if not scaled_alike(plain * factor.to(plain.dtype), linear.pull(u * factor)):
+                return not linear.tape.census.custom and _apart_by_zeros(problem, u)
+    return True
+
+
+def _apart_by_zeros(problem: Problem, u: Tensor) -> bool:
+    """Whether no gradient arrives at samples whose own cotangents are zero.
+
+    A second opinion: numbers too small for the dtype, as a saturated softmax makes them on the way,
+    do not scale exactly, but what is zero stays zero.
+    """
+    numbers = torch.arange(problem.samples)
+    for place in range((problem.samples - 1).bit_length()):
+        for digit in (0, 1):
+            chosen = ((numbers >> place & 1) == digit).to(u.device).reshape(1, -1, 1)
+            reached = problem.linear.pull(u * chosen)
+            if bool((reached.nan_to_num() * ~chosen != 0).any()):
                 return False
     return True
 
@@ -146,3 +162,15 @@ def agree(one: Tensor, other: Tensor, scale: Tensor, double: float = 1e-3) -> bo
     """
     tolerance = {8: double, 4: 1e-3}.get(one.dtype.itemsize, 1e-2)
     return bool(((one - other).abs() <= tolerance * scale)[torch.isfinite(other)].all())
+
+
+def refuse_asymmetric(matrix: Tensor) -> None:
+    """A Hessian that is far from symmetric holds a wrong second derivative."""
+    entries = matrix.nan_to_num(posinf=0.0, neginf=0.0)
+    gap, size = (entries - entries.mT).abs(), entries.abs()
+    if gap.numel() and matrix.dtype.itemsize >= 4 and bool(gap.max() > 1e-2 * size.max()):
+        raise DifferentiationError(
+            f"expected a symmetric Hessian, got entries that differ by {float(gap.max()):.2g}; the "
+            "backward of some op is not the derivative of its forward, or its second derivative is "
+            "wrong: take pf.jacobian of a gradient that you trust"
+        )

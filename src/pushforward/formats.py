@@ -1,13 +1,15 @@
-"""Entries as sparse matrices of torch and scipy."""
+"""Entries in the shapes that are asked for: trees of blocks, sparse matrices."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pushforward.boundary import Layout
 from pushforward.compressed import Compressed
 from pushforward.operators import scipy_sparse
 
@@ -53,3 +55,26 @@ def to_scipy_csr(sparse: Tensor) -> Any:
     rows, columns = sparse.indices().cpu().numpy()
     values = sparse.values().detach().cpu().numpy()
     return scipy_sparse().csr_array((values, (rows, columns)), shape=tuple(sparse.shape))
+
+
+def arranged(matrix: Tensor, codomain: Layout, domain: Layout) -> Any:
+    """Entries ([B,] m, n) as ``out.shape + in.shape``, pytrees nested output first."""
+    rows = _cut(matrix, codomain, -2)
+    grid = [_cut(row, domain, -1) for row in rows]
+    return codomain.arrange(
+        [
+            domain.arrange(
+                [
+                    block.reshape((*block.shape[:-2], *out.real_shape, *into.real_shape))
+                    for block, into in zip(blocks_of_row, domain.active, strict=True)
+                ]
+            )
+            for blocks_of_row, out in zip(grid, codomain.active, strict=True)
+        ]
+    )
+
+
+def _cut(matrix: Tensor, side: Layout, dim: int) -> Sequence[Tensor]:
+    """One part of a matrix for each leaf of a side."""
+    sizes = [leaf.size for leaf in side.active]
+    return (matrix,) if len(sizes) == 1 else matrix.split(sizes, dim)

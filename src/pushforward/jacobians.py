@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pushforward import linalg
 from pushforward.boundary import Arguments, Layout
+from pushforward.checks import refuse_asymmetric
 from pushforward.compressed import Compressed
 from pushforward.errors import (
     DifferentiationError,
@@ -19,7 +20,7 @@ from pushforward.errors import (
     MemoryBudgetError,
     ShapeError,
 )
-from pushforward.formats import in_layout, to_csr, to_scipy_csr
+from pushforward.formats import arranged, in_layout, to_csr, to_scipy_csr
 from pushforward.lowrank import core
 from pushforward.operators import LinearOperator
 from pushforward.passes import Linearization
@@ -54,6 +55,7 @@ class Jacobian(LinearOperator):
         self.shape = (plan.codomain.size, plan.domain.size)
         self.dtype, self.device, self.batch = plan.dtype, plan.device, plan.domain.batch
         self.plan = plan
+        self.symmetric = plan.quantity == "hessian"
         self._arguments = arguments
         self._made = linear
         self._versions = plan.versions()
@@ -99,15 +101,19 @@ class Jacobian(LinearOperator):
         """J v.
 
         Args:
-            v: shaped like the input (a pytree too), or ([B,] n), or a block ([B,] n, k).
+            v: shaped like the input (a pytree too), or ([B,] n), or a block ([B,] n, k); or another
+                operator.
 
         Returns:
             Shaped like the output, or ([B,] m), or ([B,] m, k). A vector that has the shape of the
-            input is taken as one.
+            input is taken as one. For an operator the product, an operator.
 
         Raises:
             ShapeError: ``v`` has none of these shapes.
         """
+        return super().__matmul__(v)
+
+    def _lmatmul(self, v: Any) -> Any:
         return self._multiply(True, v, "J @ v expects v")
 
     def _rmatmul(self, u: Any) -> Any:
@@ -292,7 +298,7 @@ class Jacobian(LinearOperator):
     def _symmetrised(self, matrix: Tensor) -> Tensor:
         if self.plan.quantity != "hessian":
             return matrix
-        _refuse_asymmetric(matrix.detach())
+        refuse_asymmetric(matrix.detach())
         return (matrix + matrix.mT) / 2
 
     def _require_room(self, work: int = 0) -> None:
@@ -327,20 +333,7 @@ class Jacobian(LinearOperator):
 
         Cost: ``plan.passes`` passes and m n entries.
         """
-        matrix = self.matrix()
-        rows = _cut(matrix, self._codomain, -2)
-        grid = [_cut(row, self._domain, -1) for row in rows]
-        return self._codomain.arrange(
-            [
-                self._domain.arrange(
-                    [
-                        block.reshape((*block.shape[:-2], *out.real_shape, *into.real_shape))
-                        for block, into in zip(blocks_of_row, self._domain.active, strict=True)
-                    ]
-                )
-                for blocks_of_row, out in zip(grid, self._codomain.active, strict=True)
-            ]
-        )
+        return arranged(self.matrix(), self._codomain, self._domain)
 
     def sparse(self, layout: str = "csr") -> Any:
         """The entries that may be other than zero, (m, n), by the pattern of the plan.
@@ -480,24 +473,6 @@ class Jacobian(LinearOperator):
 
     def _repr_html_(self) -> str:
         return self.plan._repr_html_()
-
-
-def _cut(matrix: Tensor, side: Layout, dim: int) -> Sequence[Tensor]:
-    """One part of a matrix for each leaf of a side."""
-    sizes = [leaf.size for leaf in side.active]
-    return (matrix,) if len(sizes) == 1 else matrix.split(sizes, dim)
-
-
-def _refuse_asymmetric(matrix: Tensor) -> None:
-    """A Hessian that is far from symmetric holds a wrong second derivative."""
-    entries = matrix.nan_to_num(posinf=0.0, neginf=0.0)
-    gap, size = (entries - entries.mT).abs(), entries.abs()
-    if gap.numel() and matrix.dtype.itemsize >= 4 and bool(gap.max() > 1e-2 * size.max()):
-        raise DifferentiationError(
-            f"expected a symmetric Hessian, got entries that differ by {float(gap.max()):.2g}; the "
-            "backward of some op is not the derivative of its forward, or its second derivative is "
-            "wrong: take pf.jacobian of a gradient that you trust"
-        )
 
 
 def _vector_message(vector: Any, side: Layout, expectation: str) -> str:

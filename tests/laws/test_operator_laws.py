@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from lawbook import EXACT, normal
 from torch import Tensor
@@ -35,6 +36,7 @@ def _network(x: Tensor) -> Tensor:
     return torch.tanh(normal(3, 4, seed=1) @ x)
 
 
+MATRIX = normal(3, 4).numpy()
 OPERATORS: dict[str, Callable[[], pf.LinearOperator]] = {
     "jacobian_wide": lambda: pf.jacobian(_network, normal(4)),
     "jacobian_tall": lambda: pf.jacobian(lambda x: torch.cat([x, x.sin()]), normal(3)),
@@ -47,6 +49,21 @@ OPERATORS: dict[str, Callable[[], pf.LinearOperator]] = {
     "jacobian_complex": lambda: pf.jacobian(lambda z: z * z, torch.complex(normal(2), normal(2))),
     "hessian": lambda: pf.hessian(lambda x: x.prod() + (x**3).sum(), normal(4)),
     "hessian_one_by_one": lambda: pf.hessian(lambda x: x.prod(), normal(4), plan="loop"),
+    "of_a_matrix": lambda: pf.aslinearoperator(normal(3, 4)),
+    "of_an_array": lambda: pf.aslinearoperator(normal(4, 3).numpy()),
+    "of_a_sparse_matrix": lambda: pf.aslinearoperator(normal(3, 4).to_sparse()),
+    "of_scipy": lambda: pf.aslinearoperator(scipy.sparse.linalg.aslinearoperator(MATRIX)),
+    "of_scipy_sparse": lambda: pf.aslinearoperator(scipy.sparse.csr_array(MATRIX)),
+    "sum": lambda: pf.aslinearoperator(normal(3, 4)) + pf.jacobian(_network, normal(4)),
+    "difference": lambda: pf.aslinearoperator(normal(3, 4)) - _of_matrix(normal(3, 4, seed=3)),
+    "negative": lambda: -pf.jacobian(_network, normal(4)),
+    "scaled": lambda: 2.5 * pf.jacobian(_network, normal(4)) / 3,
+    "product": lambda: pf.jacobian(_network, normal(4)) @ pf.aslinearoperator(normal(4, 2)),
+    "product_of_transposes": lambda: _of_matrix(normal(3, 4)).T @ _of_matrix(normal(2, 3)).T,
+    "gram": lambda: pf.jacobian(lambda x: torch.cat([x, x.sin()]), normal(3)).gram(),
+    "gram_of_the_transpose": lambda: pf.jacobian(_network, normal(4)).T.gram(),
+    "shifted": lambda: pf.aslinearoperator(normal(4, 4)).shifted(-0.5),
+    "shifted_gram": lambda: (0.5 * _of_matrix(normal(3, 4)).gram()).shifted(2),
     "of_functions": lambda: _of_matrix(normal(3, 4)),
     "of_functions_tall": lambda: _of_matrix(normal(5, 2)),
     "subclass": lambda: Diagonal(normal(4)),
@@ -166,3 +183,124 @@ def test_an_operator_needs_both_products():
 
     with pytest.raises(TypeError, match="pull"):
         Half((3, 3))
+
+
+def test_symmetry_is_known_where_it_must_be():
+    J = pf.jacobian(_network, normal(4))
+    for known in (J.gram(), J.T @ J, J @ J.T, 2 * J.gram() + J.gram(), J.gram().shifted(1)):
+        assert known.symmetric
+        assert known.semidefinite
+        assert known.T is known
+    assert not (-J.gram()).semidefinite
+    assert not J.gram().shifted(-1.0).semidefinite
+    assert pf.hessian(lambda x: x.prod(), normal(4)).symmetric
+    assert not J.symmetric
+
+
+def test_expressions_are_those_of_matrices():
+    J, A = pf.jacobian(_network, normal(4)), pf.aslinearoperator(normal(3, 4))
+    expression = (2 * J - A / 4).T @ J + (J.T @ A).shifted(3)
+    j, a = J.matrix().detach(), A.matrix()
+    wanted = (2 * j - a / 4).T @ j + j.T @ a + 3 * torch.eye(4, dtype=j.dtype)
+    torch.testing.assert_close(expression.matrix().detach(), wanted, **EXACT)
+    torch.testing.assert_close(expression.trace().detach(), wanted.trace(), **EXACT)
+
+
+def _batched() -> dict[str, pf.LinearOperator]:
+    J = pf.jacobian(lambda x: torch.tanh(x @ normal(4, 3)), normal(5, 4), batch_dim=0)
+    A = pf.aslinearoperator(normal(5, 3, 4))
+    scales = torch.arange(5.0, dtype=torch.float64)
+    return {
+        "jacobian": J,
+        "matrices": A,
+        "functions": pf.aslinearoperator(
+            (3, 4),
+            lambda v: A.entries @ v,
+            lambda u: A.entries.mT @ u,
+            dtype=torch.float64,
+            batch=5,
+        ),
+        "sum": J + A,
+        "product": J @ A.T,
+        "gram": J.gram(),
+        "scaled": J * scales,
+        "shifted": J.gram().shifted(scales),
+        "transpose": (J - A).T,
+    }
+
+
+@pytest.mark.parametrize("name", _batched())
+def test_batches_of_operators(name: str):
+    operator = _batched()[name]
+    matrices, (m, n) = operator.matrix().detach(), operator.shape
+    assert matrices.shape == (5, m, n)
+    assert operator.batch == 5
+    v, u = normal(5, n, 2, seed=1), normal(5, m, 2, seed=2)
+    torch.testing.assert_close((operator @ v).detach(), matrices @ v, **EXACT)
+    torch.testing.assert_close((operator.T @ u).detach(), matrices.mT @ u, **EXACT)
+    torch.testing.assert_close((operator @ v[..., 0]).detach(), (matrices @ v)[..., 0], **EXACT)
+    norms = torch.linalg.matrix_norm(matrices)
+    torch.testing.assert_close(operator.fro_norm().detach(), norms, **EXACT)
+    with pytest.raises(pf.errors.InputError, match=r"to_scipy expects one"):
+        operator.to_scipy()
+    if m == n:
+        diagonals = matrices.diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(operator.trace().detach(), diagonals.sum(-1), **EXACT)
+
+
+@pytest.mark.parametrize("make", [lambda A: A.gram(), lambda A: (2 * A + A) @ A.T, lambda A: -A])
+def test_gradients_go_through(make):
+    entries = normal(3, 3).requires_grad_()
+    v = normal(3, 2, seed=4)
+    (found,) = torch.autograd.grad((make(pf.aslinearoperator(entries)) @ v).square().sum(), entries)
+    dense = make(pf.aslinearoperator(entries)).matrix() @ v
+    torch.testing.assert_close(found, *torch.autograd.grad(dense.square().sum(), entries), **EXACT)
+
+
+class TestRefusals:
+    A = pf.aslinearoperator(normal(3, 4))
+
+    @pytest.mark.parametrize(
+        ("act", "error", "words"),
+        [
+            (
+                lambda A: A + A.T,
+                pf.errors.ShapeError,
+                "operators of one shape, got 3 x 4 and 4 x 3",
+            ),
+            (lambda A: A @ A, pf.errors.ShapeError, "4 rows on the right, got 3 x 4"),
+            (lambda A: A.shifted(1), pf.errors.DimensionError, "shifted expects a square operator"),
+            (
+                lambda A: A * torch.ones(2),
+                pf.errors.ShapeError,
+                r"expects a number, got shape \(2,\)",
+            ),
+            (lambda A: A * 1j, pf.errors.InputError, "expects a real number"),
+            (
+                lambda A: A + pf.aslinearoperator(torch.ones(3, 4)),
+                pf.errors.InputError,
+                "of one dtype, device and batch",
+            ),
+            (lambda A: pf.aslinearoperator(torch.ones(3)), pf.errors.ShapeError, "a matrix"),
+            (lambda A: pf.aslinearoperator(torch.eye(3).long()), pf.errors.InputError, "int64"),
+            (lambda A: pf.aslinearoperator("A"), pf.errors.InputError, "functions, got str"),
+            (lambda A: pf.aslinearoperator((3, 4), lambda v: v), pf.errors.InputError, "functions"),
+            (
+                lambda A: pf.aslinearoperator(scipy.sparse.csr_array(MATRIX * 1j)),
+                pf.errors.InputError,
+                "on real numbers",
+            ),
+        ],
+    )
+    def test_of_what_does_not_fit(self, act, error, words):
+        with pytest.raises(error, match=words):
+            act(self.A)
+
+    def test_of_numbers_added(self):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            self.A + 1
+
+    def test_of_gradients_through_scipy(self):
+        theirs = pf.aslinearoperator(scipy.sparse.csr_array(MATRIX))
+        with pytest.raises(pf.errors.InputError, match="without a graph"):
+            theirs @ normal(4).requires_grad_()

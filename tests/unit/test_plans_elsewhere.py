@@ -238,3 +238,16 @@ def test_a_loaded_plan_knows_an_op_with_other_settings(kind, tmp_path):
     for _ in range(3):
         found = plan(x).matrix().detach()
         torch.testing.assert_close(found, reference(net, x).reshape(found.shape))
+
+
+def test_numbers_too_small_for_the_dtype_are_no_coupling():
+    """They do not scale exactly on the way back, and what is zero is zero all the same."""
+
+    def f(x):
+        return x * 1e30 * 1e-20 * 1e-22
+
+    x = torch.randn(8, 3)
+    J = pf.jacobian(f, x, batch_dim=0)
+    torch.testing.assert_close(J.matrix(), 1e-12 * torch.eye(3).expand(8, 3, 3), rtol=1e-2, atol=0)
+    with pytest.raises(pf.errors.CouplingError, match="influence each other"):
+        pf.jacobian(lambda x: f(x) + f(x.flip(0)), x, batch_dim=0)
