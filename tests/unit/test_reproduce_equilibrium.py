@@ -86,6 +86,7 @@ def test_what_a_look_sees(digits: Images):
     assert 2 < seen["evaluations"] < 60
 
 
+@pytest.mark.slow
 def test_the_penalty_lowers_evaluations_and_radius(digits: Images):
     settings = replace(TINY, steps=60, looks=2, strength=3.0)
     torch.manual_seed(0)
