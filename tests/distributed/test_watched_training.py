@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def torchrun(script: str, *words: str) -> Any:
-    """What a script prints as its last line, run on two processes."""
+    """The object that a script prints, run on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "--nproc-per-node", "2", str(HERE / script), *words],
@@ -42,7 +42,8 @@ def torchrun(script: str, *words: str) -> Any:
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    (found,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(found)
 
 
 def check(way: str, found: dict[str, Any]) -> None:
