@@ -430,6 +430,10 @@ def test_without_gradients():
         value = JacobianPenalty("exact", of="probabilities")(model, x)
     assert not value.requires_grad
     assert value > 0
+    with torch.inference_mode():
+        assert JacobianPenalty("exact", of="probabilities")(model, x) == value
+    frozen = JacobianPenalty("exact")(model.requires_grad_(False), x.detach())
+    assert not frozen.requires_grad
 
 
 def test_under_autocast():

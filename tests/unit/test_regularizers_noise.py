@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -204,6 +205,25 @@ def test_the_input_may_be_a_keyword():
     model, x = Heads(), torch.randn(3, 4)
     with GaussianNoise(model, 0.5, "input"):
         assert not torch.equal(model(x=x)["h"], model(x=x)["h"])
+
+
+@pytest.mark.parametrize("layers", [None, ["linear1"]])
+def test_transformers_in_evaluation_mode(layers: list[str] | None):
+    """Torch has a way around the modules of a layer, which noise must not miss."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad(), GaussianNoise(layer, 0.5, layers):
+        assert not torch.allclose(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_under_inference_mode(loss: str):
+    model, (x, _) = mlp(), batch()
+    penalty = NoisePenalty(0.3, loss=loss, projections="exact")
+    with torch.inference_mode():
+        value = penalty(model, x.clone())
+    torch.testing.assert_close(value, penalty(model, x).detach())
 
 
 def places(model: nn.Sequential, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -444,6 +464,12 @@ def _run(sigma: object, layers: object, *args: Tensor) -> object:
         return model(*args)
 
 
+def scripted(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(model)
+
+
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "sigma": (lambda: NoisePenalty(-0.1), pf.errors.InputError, "sigma expects a finite number"),
     "sigma, no number": (lambda: NoisePenalty({"a": "b"}), pf.errors.InputError, "got 'b'"),
@@ -457,6 +483,10 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         *(pf.errors.InputError, "none for '1'; it has 0"),
     ),
     "no module": (lambda: GaussianNoise(torch.sin, 0.1), pf.errors.InputError, "an nn.Module"),
+    "scripted": (
+        lambda: GaussianNoise(scripted(mlp()), 0.1),
+        *(pf.errors.InputError, "got a scripted one"),
+    ),
     "a layer without a tensor": (
         lambda: visited(nn.Sequential(nn.LSTM(4, 3)), "0*", torch.zeros(2, 4)),
         *(pf.errors.InputError, "got tuple from '0'; name a module inside"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pushforward.errors import InputError
+from pushforward.purity import outside_inference
 from pushforward.regularizers.jacobian import all_outputs, mean_squared_norm
 from pushforward.regularizers.onelayer import OneLayer
 from pushforward.regularizers.pair import Pair
@@ -85,8 +86,14 @@ class ContractivePenalty(Penalty):
         """The penalty on ``(encoder, x)``, or on a pair ``(x, h)``."""
         source = self._drawing(seed, generator)
         wanted = checked_projections(self.projections)
-        if isinstance(encoder, Tensor):
-            return self._of_pair(encoder, x, wanted, source)
+        with outside_inference():
+            if isinstance(encoder, Tensor):
+                return self._of_pair(encoder, x, wanted, source)
+            return self._of_encoder(encoder, x, wanted, source)
+
+    def _of_encoder(
+        self, encoder: Callable[[Tensor], Any], x: Tensor, wanted: int | None, source: Source
+    ) -> Tensor:
         state = source.state()
         pair = Pair.made(encoder, x, state)
         layer = OneLayer.of(pair)

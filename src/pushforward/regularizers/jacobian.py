@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pushforward.derivatives import jacobian
 from pushforward.errors import CouplingError, InputError
-from pushforward.purity import replayed
+from pushforward.purity import outside_inference, replayed
 from pushforward.regularizers.graph import Affine, Convolution
 from pushforward.regularizers.pair import Pair
 from pushforward.regularizers.products import squared_norm_of_product, squared_norm_of_transposed
@@ -103,10 +103,11 @@ class JacobianPenalty(Penalty):
     ) -> Tensor:
         """The penalty on ``(model, x)``, or on a pair ``(x, y)``."""
         source = self._drawing(seed, generator)
-        pair = pair_of(model, x, source)
-        if self.of == "probabilities":
-            pair = pair.of_probabilities()
-        return mean_squared_norm(pair, checked_projections(self.projections), source) / 2
+        with outside_inference():
+            pair = pair_of(model, x, source)
+            if self.of == "probabilities":
+                pair = pair.of_probabilities()
+            return mean_squared_norm(pair, checked_projections(self.projections), source) / 2
 
     def extra_repr(self) -> str:
         return f"projections={self.projections!r}, of={self.of!r}"

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from pushforward.errors import InputError, ShapeError
 from pushforward.path.record import Crossing
+from pushforward.purity import outside_inference
 from pushforward.regularizers.jacobian import all_outputs, stop
 from pushforward.regularizers.pair import Pair
 from pushforward.regularizers.randomness import Penalty, Source, checked_projections
@@ -99,7 +100,11 @@ class NoisePenalty(Penalty):
         wanted = checked_projections(self.projections)
         if self.full and y is None:
             raise InputError("full=True expects targets, penalty(model, x, y), and got none")
-        run = _Evaluation.of(model, x, self.sites, source)
+        with outside_inference():
+            run = _Evaluation.of(model, x, self.sites, source)
+            return self._of(run, y, wanted, source)
+
+    def _of(self, run: _Evaluation, y: Any, wanted: int | None, source: Source) -> Tensor:
         if not run.places:
             return torch.zeros((), dtype=run.pair.y.dtype, device=run.pair.y.device)
         if self.full:

@@ -103,7 +103,8 @@ def _fits(name: str, pattern: str) -> bool:
 class _Run(TorchFunctionMode):
     """One evaluation of a model after the other, with its places visited.
 
-    As a mode it sees the activations, whether modules or functions compute them.
+    As a mode it sees the activations, whether modules or functions compute them, and keeps torch
+    from ways around the modules of a transformer that it takes in evaluation mode.
     """
 
     def __init__(self, visit: Visit, activations: bool) -> None:
@@ -138,8 +139,7 @@ class _Run(TorchFunctionMode):
         if self.depth == 1:
             self.seen = 0
             self.replaced.clear()
-            if self.activations:
-                self.__enter__()
+            self.__enter__()
 
     def stop(self, model: nn.Module, _: Any, output: Any) -> Any:
         if not self.depth:
@@ -147,10 +147,9 @@ class _Run(TorchFunctionMode):
         self.depth -= 1
         if self.depth:
             return None
-        if self.activations:
-            self.__exit__(None, None, None)
-            if output is not None:
-                self._refuse_none(model)
+        self.__exit__(None, None, None)
+        if self.activations and output is not None:
+            self._refuse_none(model)
         output = pytree.tree_map(self._undone, output) if self.replaced else output
         self.replaced.clear()
         return output
@@ -168,7 +167,12 @@ class _Run(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _ACTIVATIONS or not args or not isinstance(args[0], Tensor):
+        if (
+            not self.activations
+            or func not in _ACTIVATIONS
+            or not args
+            or not isinstance(args[0], Tensor)
+        ):
             return func(*args, **kwargs)
         self.seen += 1
         if func.__name__.endswith("_") or kwargs.get("inplace") or True in args[1:]:
@@ -216,6 +220,11 @@ def _kind(output: Any) -> str:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"expected an nn.Module to find layers in, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "expected a module whose layers can be seen, got a scripted one; give the module as it "
+            "was written"
+        )
 
 
 def _checked_sigma(sigma: Any) -> float | dict[str, float]:
