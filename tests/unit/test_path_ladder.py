@@ -15,6 +15,7 @@ from pushforward.path.dense import Norms
 from pushforward.path.groups import exact_groups, log_best_chain
 from pushforward.path.samples import orthonormal
 from pushforward.path.sampling import chi_squared_quantile
+from pushforward.path.spectra import spectrum
 
 
 def chain(*logs):
@@ -200,6 +201,42 @@ def test_lanczos_on_low_ranks_is_exact(rank):
     torch.testing.assert_close(found, expected.double().expand(2))
 
 
+def test_without_a_second_derivative_there_is_no_probable_bound():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.flip(-1) * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return gradient.flip(-1) * 2
+
+    class Turn(nn.Module):
+        def forward(self, x):
+            return Once.apply(x)
+
+    x = torch.randn(2, 5, dtype=torch.float64)
+    path = path_bound(Turn(), x, delta=0.1, exact_passes=0, seed=0)
+    assert path.layers[0].spectral_label == "estimate"
+    assert path.layers[0].log_spectral.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e18])
+def test_spectra_of_long_rows_in_float32(scale):
+    """Products of float32 rows that are too long to be copied, of any size."""
+    torch.manual_seed(0)
+    rows = torch.randn(3, 2, 40_000, dtype=torch.float64)
+    rows[1] = rows[0] + 0.1 * rows[1]
+    singular = torch.linalg.svdvals(rows.transpose(0, 1))
+    norms = singular.norm(dim=1)
+    found = spectrum((rows * scale).float(), norms * scale, 2)
+    torch.testing.assert_close(found.log_share, (singular[:, 0] / norms).log(), atol=1e-5, rtol=0)
+    share = singular / singular.sum(dim=1, keepdim=True)
+    rank = torch.special.entr(share).sum(dim=1).exp()
+    torch.testing.assert_close(found.effective_rank, rank, atol=1e-3, rtol=0)
+
+
 # Estimated gains
 
 
@@ -342,9 +379,7 @@ def test_gains_alone_of_many_outputs_have_no_spectral_norm():
 
 @pytest.mark.parametrize("probes", [0, -3, 2.5, True, "many"])
 def test_probes_out_of_range(probes):
-    with pytest.raises(
-        InputError, match="probes expects a positive number of random cotangents"
-    ):
+    with pytest.raises(InputError, match="probes expects a positive number of random cotangents"):
         path_bound(nn.Linear(2, 2), torch.zeros(1, 2), probes=probes)
 
 

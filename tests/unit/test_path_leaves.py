@@ -71,7 +71,7 @@ def prepared(module: nn.Module) -> nn.Module:
 
 
 def log_norms(module, x, batch_dim=0):
-    path = path_bound(nn.Sequential(module), x, batch_dim=batch_dim)
+    path = path_bound(nn.Sequential(module), x, batch_dim=batch_dim, rungs="frobenius")
     (row,) = path.layers
     return row.log_fro, path.log_norm
 
@@ -149,7 +149,7 @@ def test_columns_where_they_are_fewer():
             return torch.sin(x.repeat_interleave(20, dim=-1)).cumsum(-1)
 
     x = torch.randn(3, 2, dtype=torch.float64)
-    path = path_bound(Wide(), x)
+    path = path_bound(Wide(), x, rungs="frobenius")
     torch.testing.assert_close(path.layers[0].log_fro, path.log_norm)
     assert path.passes < 40 + 2 + 40  # gains, check of the samples, and fewer than all rows
 
@@ -169,7 +169,7 @@ def test_rows_where_there_is_no_second_derivative():
         def forward(self, x):
             return Once.apply(x)
 
-    path = path_bound(Wide(), torch.randn(3, 2, dtype=torch.float64))
+    path = path_bound(Wide(), torch.randn(3, 2, dtype=torch.float64), rungs="frobenius")
     torch.testing.assert_close(path.layers[0].log_fro, path.log_norm)
     torch.testing.assert_close(path.log_norm.exp(), torch.full((3,), 40.0).double().sqrt())
 

@@ -232,3 +232,65 @@ def test_a_root_mean_square_along_another_axis_is_no_normalisation():
     ):
         gap, _ = compared(spelling, 4, 4, seed=3)
         assert (gap >= -1e-9).all()
+
+
+# Rules that need a gate of their own
+
+
+class Mixing(nn.Module):
+    """Batch norm in training couples the samples, so that all of them are one map."""
+
+    def __init__(self, affine):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, affine=affine)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_training(affine):
+    torch.manual_seed(0)
+    module = Mixing(affine).double()
+    with torch.no_grad():
+        if affine:
+            module.norm.weight.uniform_(0.5, 2)
+        x = torch.randn(6, 4, dtype=torch.float64)
+        journey, _ = _travel(module, x, None, None, thorough=True)
+        found = log_spectral_by_ops(journey.passes, journey.steps[0], 1)
+        truth = exact_norms(journey.passes, journey.steps, 1).log_spectral
+    assert found is not None
+    assert -1e-9 <= (found.log - truth).item() < 0.7
+
+
+UNUSUAL = {
+    "a scalar quotient": lambda x: x.sin() / 3,
+    "a constant over branches": lambda x: x.sin() * 2 + x.flip(-1) * 0.5,
+    "weighted sums": lambda x: torch.baddbmm(x @ W.T[:, :4], x[:, :, :4], x[:, :, :4].mT[:, :4]),
+    "weighted bias": lambda x: torch.addmm(x.flatten(1)[:, :5], x.flatten(1)[:, 5:11], W.T),
+    "a product with itself": lambda x: (x.flatten(1)[:, :3].T @ x.flatten(1)[:, :3]).sum() * x[:1],
+    "an amplified convolution": lambda x: F.conv1d(
+        x, x.mean((0, 2))[None, :, None].expand(2, 4, 1)
+    ),
+    "log softmax of one": lambda x: F.log_softmax(x[:, :, :1], dim=-1) + x[:, :, :1],
+    "all of one number": lambda x: x.sum() + x.amax() + x.norm() + x.cumsum(0).sum(),
+    "one number": lambda x: x[0, 0, 0].cumsum(0).softmax(0) + x[0, 0, 0],
+    "differences of broadcast parts": lambda x: x.mean(-1, keepdim=True) - 3 * x,
+    "a middle of three": lambda x: torch.median(x, dim=-1)[0],
+    "the k-th": lambda x: torch.topk(x, 2, dim=-1)[0] * 2,
+    "a divided average": lambda x: F.avg_pool2d(x[:, None], 2, divisor_override=1),
+    "scaled attention": lambda x: F.layer_norm(x, (6,)).mT @ x / x.norm(),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_ops_of_one_map(name):
+    """All samples together, so that they may meet."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        journey, _ = _travel(Function(UNUSUAL[name]), x, None, None, thorough=True)
+        found = log_spectral_by_ops(journey.passes, journey.steps[0], 1)
+        truth = exact_norms(journey.passes, journey.steps, 1).log_spectral
+    assert found is not None
+    assert (found.log >= truth - 1e-9).all()
