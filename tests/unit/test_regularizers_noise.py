@@ -105,6 +105,56 @@ def test_activations_of_torch_are_found(module: Callable[[], nn.Module]):
     assert visited(model, None, torch.randn(2, 4)) == ["input (2, 4)", "activation (2, 6)"]
 
 
+class Swish(nn.Module):
+    """An activation of the user's own, made of one of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_an_activation_of_ones_own_is_one_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Swish(), Shift(), nn.Linear(6, 3))
+    x = torch.randn(2, 4)
+    seen: list[Tensor] = []
+    with Sites(0.1, None).visiting(model, lambda _, value: seen.append(value) or value.clone()):
+        model(x)
+    torch.testing.assert_close(seen[1], F.silu(model[0](x)))
+    assert len(seen) == 2
+
+
+def test_slopes_are_no_sign_of_working_in_place():
+    model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.ELU(1.0), nn.Linear(6, 3))
+    assert len(visited(model, None, torch.randn(2, 4))) == 3
+    h = torch.randn(2, 6)
+    model = nn.Sequential(Elu(), nn.Tanh(), nn.Linear(6, 3))
+    kept = h.clone()
+    visited(model, None, h)
+    assert torch.equal(h, kept)
+
+
+class Elu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.elu(x, 1.0)
+
+
+def test_one_context_inside_of_another():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).double()
+    x, _ = batch()
+    quiet = {"input": 0.0, "1*": 1.0}
+    with GaussianNoise(model, quiet), GaussianNoise(model, quiet):
+        assert torch.equal(model(x), model(x))
+
+
 def test_noise_has_its_size_and_place():
     model = nn.Sequential(nn.Identity(), nn.Identity())
     x = torch.zeros(40000)

@@ -79,7 +79,11 @@ class Sites:
         handles.append(model.register_forward_pre_hook(run.start, with_kwargs=True))
         for module, name, named in self._modules(model):
             handles.append(module.register_forward_hook(run.output_of(name, named)))
-        handles.append(model.register_forward_hook(run.stop, always_call=True))
+        for module in _own_activations(model) if self.layers is None else ():
+            handles.append(module.register_forward_pre_hook(run.enter))
+            handles.append(module.register_forward_hook(run.leave))
+        # First, so that one context inside of another ends before it.
+        handles.append(model.register_forward_hook(run.stop, always_call=True, prepend=True))
         return handles
 
     def _listed(self) -> list[str]:
@@ -94,6 +98,14 @@ class Sites:
         for module, name in module_names(model).items():
             if module is not model and any(fnmatchcase(name, pattern) for pattern in patterns):
                 yield module, name, name in patterns
+
+
+def _own_activations(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules without parameters that are none of torch's: what they compute is one function."""
+    for module in model.modules():
+        simple = not list(module.children()) and not list(module.parameters())
+        if simple and module is not model and not type(module).__module__.startswith("torch."):
+            yield module
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -111,6 +123,7 @@ class _Run(TorchFunctionMode):
         super().__init__()
         self.visit, self.activations = visit, activations
         self.depth = self.seen = 0
+        self.inside: list[int] = []
         self.replaced: dict[int, tuple[weakref.ref, Tensor]] = {}
 
     def input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -138,6 +151,7 @@ class _Run(TorchFunctionMode):
         self.depth += 1
         if self.depth == 1:
             self.seen = 0
+            self.inside.clear()
             self.replaced.clear()
             self.__enter__()
 
@@ -167,18 +181,25 @@ class _Run(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            not self.activations
-            or func not in _ACTIVATIONS
-            or not args
-            or not isinstance(args[0], Tensor)
-        ):
+        if not (self.activations and func in _ACTIVATIONS and _is_tensor(args)):
             return func(*args, **kwargs)
         self.seen += 1
-        if func.__name__.endswith("_") or kwargs.get("inplace") or True in args[1:]:
+        if self.inside:
+            return func(*args, **kwargs)
+        if func.__name__.endswith("_") or kwargs.get("inplace") or any(a is True for a in args[1:]):
             clean = func(args[0].clone(), *args[1:], **kwargs)
             return self._noted(args[0].copy_(self.visit(ACTIVATION, clean)), clean)
         return self._visited(ACTIVATION, func(*args, **kwargs))
+
+    def enter(self, *_: Any) -> None:
+        """A module of the user's begins, which may be an activation made of those of torch."""
+        self.inside.append(self.seen)
+
+    def leave(self, _: nn.Module, __: Any, output: Any) -> Any:
+        """Visit what it returns, if an activation was computed inside."""
+        before = self.inside.pop()
+        computed = self.seen > before and isinstance(output, Tensor) and output.is_floating_point()
+        return self._visited(ACTIVATION, output) if computed else output
 
     def _visited(self, name: str, clean: Tensor) -> Tensor:
         return self._noted(self.visit(name, clean), clean)
@@ -211,6 +232,10 @@ class _Run(TorchFunctionMode):
                 "layers=None expects activations of torch (nn.ReLU, F.gelu, torch.tanh, ...), and "
                 f"{type(model).__name__} has none; name the modules whose outputs get noise"
             )
+
+
+def _is_tensor(args: tuple) -> bool:
+    return bool(args) and isinstance(args[0], Tensor)
 
 
 def _kind(output: Any) -> str:
