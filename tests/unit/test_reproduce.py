@@ -19,7 +19,7 @@ from pushforward.errors import InputError, LoadError
 from pushforward.report.canvas import Picture, draw
 from pushforward.reproduce import papers
 from pushforward.reproduce.data import Images, held_out, load_images
-from pushforward.reproduce.page import headline, to_html
+from pushforward.reproduce.page import headline, parts_text, to_html
 from pushforward.reproduce.paper import (
     Claim,
     Criterion,
@@ -31,7 +31,7 @@ from pushforward.reproduce.paper import (
     between,
 )
 from pushforward.reproduce.papers import PAPERS, papers_named
-from pushforward.reproduce.study import Spread, Study, payload, study
+from pushforward.reproduce.study import Finding, Spread, Study, payload, study
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,22 @@ def test_page_of_one_seed_says_nothing_of_spread():
     page = to_html(study(toy(notes=("a note",)), few_images(), 1, Settings()))
     assert "Means over 1 seed." in page
     assert "a note" in page
+
+
+@pytest.mark.parametrize(
+    ("shown", "words"),
+    [
+        (("norm, none", "norm, L2"), "none 1, L2 2"),
+        (("norm of all", "norm, L2"), "norm of all 3, norm, L2 2"),
+        (("norm, L2",), "norm, L2 2"),
+        ((), ""),
+    ],
+)
+def test_parts_go_by_what_tells_them_apart(shown: tuple[str, ...], words: str) -> None:
+    values = {"norm, none": 1.0, "norm, L2": 2.0, "norm of all": 3.0}
+    parts = {name: Spread((values[name],)) for name in shown}
+    claim = Claim("x", "y", lambda m: 0.0, at_least(0))
+    assert parts_text(Finding(claim, Spread((0.0,)), parts)) == words
 
 
 def test_headline_names_what_failed(found: Study):

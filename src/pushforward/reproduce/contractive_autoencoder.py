@@ -37,6 +37,7 @@ from pushforward.reproduce.training import (
 from pushforward.sensitivity import effective_dimension
 
 LOW, HIGH = 0.05, 0.95  # beyond these a sigmoid unit counts as saturated, as in the paper
+LEAST = 1e-5  # of the largest singular value: smaller ones are left out of the picture
 COLOURS = {"AE": ORANGE, "AE+wd": MUTED, "DAE-b": GREEN, "DAE-g": PURPLE, "CAE": BLUE}
 
 
@@ -194,10 +195,12 @@ def _curves(outcomes: Sequence[Outcome], kind: str, places: Sequence[float]) -> 
 def spectrum(outcomes: Sequence[Outcome]) -> Picture:
     """Singular values of the encoder's Jacobian."""
     count = len(outcomes[0].drawn["spectra"]["AE"])
+    curves = _curves(outcomes, "spectra", range(1, count + 1))
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        paint_curves(axes, _curves(outcomes, "spectra", range(1, count + 1)), marker=None)
+        paint_curves(axes, curves, marker=None)
+        axes.set_ylim(bottom=LEAST * max(each.values.max() for each in curves.values()))
         log_axis(axes, "y")
         axes.set_xlabel("singular value of the encoder's Jacobian, largest first")
         axes.set_ylabel("size")

@@ -26,7 +26,7 @@ def to_html(found: Study) -> str:
         paper=found.paper,
         style=style(),
         headline=headline(found),
-        rows=[(finding, measured_text(finding)) for finding in found.findings],
+        rows=[(each, measured_text(each), parts_text(each)) for each in found.findings],
         # Matplotlib has escaped every text in its SVG.
         pictures=[(picture, markup(picture.svg)) for picture in drawn],
         facts=_facts(found),
@@ -51,8 +51,12 @@ def measured_text(finding: Finding) -> str:
 
 
 def parts_text(finding: Finding) -> str:
-    """The numbers that it is made of: ``norm none 22 ± 1, norm penalised 2.8 ± 0.2``."""
-    return ", ".join(f"{name} {spread}" for name, spread in finding.parts.items())
+    """The numbers that it is made of, by what tells them apart: ``none 22 ± 1, L2 2.8 ± 0.2``."""
+    heads = {name.rpartition(", ")[0] for name in finding.parts}
+    apart = len(heads) == 1 < len(finding.parts)
+    names = [name.rpartition(", ")[2] if apart else name for name in finding.parts]
+    spreads = finding.parts.values()
+    return ", ".join(f"{name} {spread}" for name, spread in zip(names, spreads, strict=True))
 
 
 def _facts(found: Study) -> dict[str, str]:
