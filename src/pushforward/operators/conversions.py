@@ -79,7 +79,7 @@ class _OfScipy(LinearOperator):
 
 
 def aslinearoperator(
-    source: Any,
+    shape: Any,
     push: Callable[[Tensor], Tensor] | None = None,
     pull: Callable[[Tensor], Tensor] | None = None,
     *,
@@ -90,9 +90,9 @@ def aslinearoperator(
     """Make an operator of a matrix, of an operator of scipy, or of two functions on blocks.
 
     Args:
-        source: a tensor ([B,] m, n), dense or sparse; an array of numpy; a sparse matrix or a
-            ``LinearOperator`` of scipy; an operator, which is returned as it is; or the pair (m, n)
-            with two functions.
+        shape: the pair (m, n), with two functions. Without functions the matrix itself: a tensor
+            ([B,] m, n), dense or sparse; an array of numpy; a sparse matrix or a ``LinearOperator``
+            of scipy; an operator, which is returned as it is.
         push: ``([B,] n, k) -> ([B,] m, k)``, the product A v.
         pull: ``([B,] m, k) -> ([B,] n, k)``, the product A^T u.
         dtype: of the entries of two functions; torch's default dtype if None.
@@ -119,14 +119,11 @@ def aslinearoperator(
                 f"push and pull expect functions of blocks, got {push!r} and {pull!r}; "
                 "see LinearOperator"
             )
-        return _Products(source, push, pull, dtype, device, batch)
-    if isinstance(source, LinearOperator):
-        return source
-    if isinstance(source, np.ndarray):
-        source = torch.as_tensor(source)
-    if isinstance(source, Tensor):
-        return _of_matrix(source)
-    return _of_scipy(source)
+        return _Products(shape, push, pull, dtype, device, batch)
+    if isinstance(shape, LinearOperator):
+        return shape
+    matrix = torch.as_tensor(shape) if isinstance(shape, np.ndarray) else shape
+    return _of_matrix(matrix) if isinstance(matrix, Tensor) else _of_scipy(matrix)
 
 
 def _of_matrix(entries: Tensor) -> LinearOperator:
