@@ -77,7 +77,7 @@ def _all_rows(
     size = passes.rows_per_pass(output.shape, *(place.shape for place in places), like=like)
     count = math.prod(output.shape) // samples
     if known is not None:
-        yield [known.rows[place.node] for place in places]
+        yield [known.rows.pop(place.node) for place in places]
     for first in range(0 if known is None else 1, count, size):
         last = min(first + size, count)
         if known is None:

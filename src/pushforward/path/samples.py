@@ -51,7 +51,10 @@ def separable(
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """One direction of the output, ``(m,)``, and its products with d out / d h at some nodes."""
+    """One direction of the output, ``(m,)``, and its products with d out / d h at some nodes.
+
+    Who uses the products takes them out: they are as large as all activations together.
+    """
 
     direction: Tensor
     rows: dict[Node, Tensor]
@@ -76,15 +79,15 @@ def separable_from_output(
     places = [start, *(mark.place for mark in inside)]
     direction = _direction(math.prod(output.shape) // samples)
     plain = direction.to(output.device, output.dtype).expand(samples, -1).reshape(output.shape)
-    seeds = torch.cat([plain[None], plain * scales(output)])
-    gradients = passes.pull_to_all(output, places, seeds)
-    found = zip(gradients, places, strict=True)
-    apart = [_clearly_apart(gradient, scales(place)) for gradient, place in found]
+    rows = passes.pull_to_all(output, places, plain[None])
+    scaled = passes.pull_to_all(output, places, plain * scales(output))
+    found = zip(rows, scaled, places, strict=True)
+    apart = [_clearly_apart(row * scales(place), other) for row, other, place in found]
     if None in apart:
         return separable(passes, tape, start, marks, output), None
     if not apart[0]:
         raise CouplingError(coupling_message(tape))
-    known = {place.node: rows[:1] for place, rows in zip(places, gradients, strict=True)}
+    known = {place.node: row for place, row in zip(places, rows, strict=True)}
     kept = [mark for mark, fits in zip(inside, apart[1:], strict=True) if fits]
     return kept, Known(direction, known)
 
@@ -113,14 +116,14 @@ def orthonormal(place: Crossing, samples: int, direction: Tensor, first: int, la
     return rows.unsqueeze(1).expand(-1, samples, -1).reshape(last - first, *place.shape)
 
 
-def _clearly_apart(gradients: Tensor, factors: Tensor) -> bool | None:
-    """The same as `kept_apart`; None where a gradient is so small or large that nothing is."""
-    expected = gradients[0] * factors
+def _clearly_apart(expected: Tensor, found: Tensor) -> bool | None:
+    """Whether gradients are as expected, sample by sample; None where some are so small or large
+    that nothing is clear."""
     size = _sample_norms(expected)
-    tiny = torch.finfo(gradients.dtype).tiny ** 0.5
+    tiny = torch.finfo(found.dtype).tiny ** 0.5
     if not bool(((size > tiny) & (size < 1 / tiny)).all()):
         return None
-    return bool((_sample_norms(expected.sub_(gradients[1:])) <= _slack(gradients) * size).all())
+    return bool((_sample_norms(expected.sub_(found)) <= _slack(found) * size).all())
 
 
 def _leading(place: Crossing) -> int | None:
