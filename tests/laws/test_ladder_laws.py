@@ -28,9 +28,8 @@ def jacobians(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([jacobian.reshape(-1, x[0].numel()) for jacobian in found])
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_rung_is_below_the_truth(name, seed):
+def holds_at(name: str, seed: int) -> None:
+    """Compare all rungs with the dense Jacobian at one point."""
     model, x = NETS[name].built(seed=seed)
     truth = jacobians(model, x).flatten(1).norm(dim=1).log()
     path = path_bound(model, x, rungs=RUNGS, seed=0)
@@ -39,6 +38,11 @@ def test_no_rung_is_below_the_truth(name, seed):
     for rung in UPPER:
         assert (path.rungs[rung] >= truth - SLACK).all(), rung
     assert (path.rungs["sampled"] <= truth + SLACK).all()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_no_rung_is_below_the_truth(name):
+    holds_at(name, seed=0)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -65,7 +69,7 @@ def test_no_rung_is_below_the_truth_where_jacobians_are_not_formed(name, monkeyp
 @pytest.mark.parametrize("name", NETS)
 def test_a_larger_budget_never_loosens_segments(name):
     model, x = NETS[name].built()
-    budgets = [0, 5, 20, 60, 200, 1000, 10**6]
+    budgets = [0, 20, 100, 10**6]
     paths = [path_bound(model, x, rungs="segments", segment_passes=b) for b in budgets]
     bounds = [path.rungs["segments"] for path in paths]
     for less, more in itertools.pairwise(bounds):
@@ -121,7 +125,7 @@ def test_independent_directions_have_no_alignment():
     """The mean over random rotations between two layers."""
     first, last = torch.randn(2, 6, 6, dtype=torch.float64)
     squares = []
-    for _ in range(400):
+    for _ in range(200):
         turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
         model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)).double()
         with torch.no_grad():
@@ -210,16 +214,16 @@ def test_a_trained_network():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_no_rung_underflows_at_any_depth(scale):
-    model = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(200)])
+    model = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(100)])
     for layer in model:
         nn.init.orthogonal_(layer.weight)
         with torch.no_grad():
             layer.weight *= scale
     rungs = path_bound(model, torch.zeros(1, 3), rungs=RUNGS, seed=0).rungs
-    expected = 200 * math.log(scale) + math.log(3) / 2
+    expected = 100 * math.log(scale) + math.log(3) / 2
     for rung in ("mixed", "spectral", "segments", "sampled"):
         assert rungs[rung].item() == pytest.approx(expected, abs=2e-3), rung
-    assert rungs["frobenius"].item() == pytest.approx(expected + 199 * math.log(3) / 2, abs=2e-3)
+    assert rungs["frobenius"].item() == pytest.approx(expected + 99 * math.log(3) / 2, abs=2e-3)
 
 
 @pytest.mark.parametrize("dead", [0, 2, 4])
@@ -234,3 +238,24 @@ def test_a_dead_layer_takes_every_rung_to_minus_infinity(dead):
     assert "nan" not in json.dumps(path.to_dict())
     assert path.verdict() is None
     path.table(), path.plot()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("name", NETS)
+def test_no_rung_is_below_the_truth_at_other_points(name, seed):
+    holds_at(name, seed)
+
+
+@pytest.mark.slow
+def test_a_thousand_layers_in_float32():
+    model = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(1000)])
+    for layer in model:
+        nn.init.orthogonal_(layer.weight)
+        with torch.no_grad():
+            layer.weight *= 1e-3
+    path = path_bound(model, torch.zeros(2, 4), rungs=RUNGS, seed=0)
+    expected = 1000 * math.log(1e-3) + math.log(2)
+    for rung in ("mixed", "spectral", "segments", "sampled"):
+        assert path.rungs[rung].tolist() == pytest.approx([expected] * 2, abs=1e-2)
+    assert path.log_norm.tolist() == pytest.approx([expected] * 2, abs=1e-2)

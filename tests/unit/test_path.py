@@ -334,7 +334,7 @@ def test_no_depth_underflows_or_overflows(scale, depth):
         nn.init.orthogonal_(layer.weight)
         with torch.no_grad():
             layer.weight *= scale
-    path = path_bound(nn.Sequential(*layers), torch.zeros(2, 4))
+    path = path_bound(nn.Sequential(*layers), torch.zeros(2, 4), rungs="frobenius")
     expected = depth * math.log(scale) + math.log(2)
     assert torch.allclose(path.log_norm, torch.tensor(expected).double(), atol=1e-2)
     total = torch.stack([row.log_gain for row in path.layers]).sum(0)

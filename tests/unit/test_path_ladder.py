@@ -243,13 +243,13 @@ def test_spectra_of_long_rows_in_float32(scale):
 def test_estimated_squares_are_unbiased():
     model, x = NETS["vision transformer"].built()
     exact = path_bound(model, x, rungs=())
-    runs = [path_bound(model, x, rungs=(), probes=2, seed=s).log_norm for s in range(150)]
+    runs = [path_bound(model, x, rungs=(), probes=2, seed=s).log_norm for s in range(80)]
     squares = torch.stack([(2 * run).exp() for run in runs])
     spread = squares.std(0) / math.sqrt(len(runs))
     assert ((squares.mean(0) - (2 * exact.log_norm).exp()).abs() < 4 * spread).all()
 
 
-@pytest.mark.parametrize("probes", [1, 4, 24])
+@pytest.mark.parametrize("probes", [1, 24])
 @pytest.mark.parametrize("name", ["vision transformer", "rank one"])
 def test_intervals_cover(name, probes):
     if name == "rank one":
@@ -260,7 +260,7 @@ def test_intervals_cover(name, probes):
         model, x = NETS[name].built(samples=2)
     exact = path_bound(model, x, rungs=())
     hits, gain_hits, total = 0, 0, 0
-    for seed in range(100):
+    for seed in range(60):
         path = path_bound(model, x, rungs=(), probes=probes, seed=seed)
         low, high = path.interval
         hits += ((low <= exact.log_norm) & (exact.log_norm <= high)).sum().item()
@@ -268,7 +268,7 @@ def test_intervals_cover(name, probes):
             low, high = row.gain_interval
             inside = (low - 1e-12 <= truth.log_gain) & (truth.log_gain <= high + 1e-12)
             gain_hits, total = gain_hits + inside.sum().item(), total + inside.numel()
-    assert hits >= 0.95 * 200 - 2.5 * math.sqrt(0.95 * 0.05 * 200)
+    assert hits >= 0.95 * 120 - 2.5 * math.sqrt(0.95 * 0.05 * 120)
     assert gain_hits >= 0.92 * total
 
 
@@ -309,8 +309,8 @@ def test_estimated_gains_of_a_zero_jacobian():
         assert not torch.stack([row.gain_interval[0] for row in path.layers]).isnan().any()
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 7, 64])
-@pytest.mark.parametrize("probability", [0.025, 0.5, 0.9875])
+@pytest.mark.parametrize("freedom", [1, 7, 64])
+@pytest.mark.parametrize("probability", [0.025, 0.9875])
 def test_quantiles_of_chi_squared(freedom, probability):
     scipy = pytest.importorskip("scipy.stats")
     expected = scipy.chi2.ppf(probability, freedom)
