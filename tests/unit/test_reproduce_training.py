@@ -77,6 +77,22 @@ def test_weight_decay_shrinks():
     assert 0 < weight.item() < 1
 
 
+def test_long_gradients_are_scaled_down():
+    weight = nn.Parameter(torch.zeros(2))
+    x, slope = torch.zeros(1, 2), torch.tensor([30.0, 40.0])
+    minimise(
+        lambda x, y: weight @ slope,
+        [weight],
+        x,
+        x,
+        steps=1,
+        batch=1,
+        rate=1.0,
+        longest=1.0,
+    )
+    assert torch.allclose(weight, torch.tensor([-0.6, -0.8]), atol=1e-4)
+
+
 def linear() -> nn.Linear:
     """Class 1 where the first of two pixels is over a half."""
     model = nn.Linear(2, 2)

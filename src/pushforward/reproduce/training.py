@@ -50,14 +50,21 @@ def minimise(
     rate: float,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    longest: float = math.inf,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Stochastic gradient descent on ``loss(x, y)`` of batches, its rate falling as a cosine."""
+    """Stochastic gradient descent on ``loss(x, y)`` of batches, its rate falling as a cosine.
+
+    Gradients of a norm over ``longest`` are scaled down to it.
+    """
+    parameters = list(parameters)
     optimiser = torch.optim.SGD(parameters, rate, momentum=momentum, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
     for rows in batches(len(x), batch, steps):
         optimiser.zero_grad()
         loss(x[rows], y[rows]).backward()
+        if longest < math.inf:
+            nn.utils.clip_grad_norm_(parameters, longest)
         optimiser.step()
         schedule.step()
         advance()
