@@ -157,7 +157,7 @@ def test_a_number_of_singular_values_is_whole():
 
 
 def test_an_operator_is_made_of_functions():
-    with pytest.raises(InputError, match="functions of blocks"):
+    with pytest.raises(InputError, match="a shape with two functions, got tuple"):
         pf.aslinearoperator((2, 2), None, None)
 
 
