@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pushforward.regularizers import GaussianNoise, NoisePenalty
-from pushforward.report.canvas import BLUE, GREEN, MUTED, ORANGE, Picture, draw, legend, log_axis
+from pushforward.report.canvas import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    Picture,
+    draw,
+    legend,
+    log_axis,
+)
 from pushforward.reproduce.data import Images
 from pushforward.reproduce.paper import Claim, Outcome, Paper, Progress, at_least, at_most
 from pushforward.reproduce.training import (
@@ -272,7 +282,7 @@ def _scatter(axes: Any, groups: dict[str, tuple[Tensor, str]]) -> None:
     axes.plot(ends, ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     log_axis(axes, "x")
     log_axis(axes, "y")
-    legend(axes)
+    axes.legend(loc="upper left", labelcolor=INK, fontsize=8.5)  # far from the diagonal
 
 
 def reliability_diagram(outcomes: Sequence[Outcome]) -> Picture:

@@ -219,8 +219,8 @@ def robustness_curves(outcomes: Sequence[Outcome]) -> Picture:
         left, right = figure.subplots(1, 2, sharey=True)
         paint_curves(left, _curves(outcomes, "attack", RADII))
         paint_curves(right, _curves(outcomes, "noise", SIGMAS))
-        left.set_xlabel("radius of the attack on each pixel")
-        right.set_xlabel("standard deviation of noise on each pixel")
+        left.set_xlabel("radius of the attack")
+        right.set_xlabel("σ of the noise")
         left.set_ylabel("accuracy on test images, %")
         legend(left)
 
@@ -228,7 +228,8 @@ def robustness_curves(outcomes: Sequence[Outcome]) -> Picture:
         key="robustness",
         title="Accuracy under attack and under noise",
         caption=(
-            "Left: projected gradient descent on the cross entropy. Right: Gaussian noise. Means "
+            "Left: projected gradient descent on the cross entropy, radius in each pixel. Right: "
+            "Gaussian noise of standard deviation σ on each pixel. Means "
             "over seeds, bands of one standard deviation. After figure 3 of the paper."
         ),
         alt="Accuracy against the size of disturbances, without penalty, with weight decay and "
