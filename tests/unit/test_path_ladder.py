@@ -71,6 +71,12 @@ def test_groups_are_a_prefix_of_one_order():
             assert spent <= budget < spent + costs[len(found)]
 
 
+def test_budgets_may_be_without_end():
+    model, x = NETS["perceptron"].built()
+    path = path_bound(model, x, exact_passes=math.inf, segment_passes=math.inf)
+    torch.testing.assert_close(path.rungs["segments"], path.log_norm)
+
+
 def test_norms_of_groups_are_those_of_their_products():
     model, x = NETS["perceptron"].built()
     with torch.no_grad():

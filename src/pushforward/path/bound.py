@@ -92,8 +92,8 @@ def path_bound(
     rungs: str | Sequence[str] = RUNGS,
     *,
     probes: int | None = None,
-    exact_passes: int = EXACT_PASSES,
-    segment_passes: int = SEGMENT_PASSES,
+    exact_passes: float = EXACT_PASSES,
+    segment_passes: float = SEGMENT_PASSES,
     delta: float = 0.0,
     seed: int | None = None,
 ) -> PathBound:
@@ -356,12 +356,12 @@ def _first(found: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Limits:
-    exact_passes: int
-    segment_passes: int
+    exact_passes: float
+    segment_passes: float
     delta: float
 
 
-def _limits(exact_passes: int, segment_passes: int, delta: float) -> _Limits:
+def _limits(exact_passes: float, segment_passes: float, delta: float) -> _Limits:
     """Return the budgets, none of which is negative, and a probability."""
     for name, budget in (("exact_passes", exact_passes), ("segment_passes", segment_passes)):
         if not budget >= 0:

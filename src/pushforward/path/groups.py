@@ -53,7 +53,7 @@ def _all_groups(steps: Sequence[Step], samples: int, most: float) -> Iterator[_G
     places = [steps[0].start, *(step.stop for step in steps)]
     widths = [width(place, samples) for place in places]
     for last in range(2, len(steps) + 1):
-        longest = min(last, LONGEST, int(most // max(1, widths[last])))
+        longest = int(min(last, LONGEST, most / max(1, widths[last])))
         for length in range(2, longest + 1):
             if fits(widths[last - length], widths[last], samples):
                 yield _Group(last - length, last, widths[last] * length)

@@ -40,7 +40,7 @@ class StepNorm:
 class Spending:
     """What may be spent on a step, and the probability with which a bound may fail."""
 
-    passes: int
+    passes: float
     spectral: bool
     delta: float
 
@@ -59,7 +59,7 @@ def step_norm(
     return _with_spectral(passes, step, samples, fro, by_ops, spending, generator)
 
 
-def _may_be_dense(step: Step, samples: int, budget: int) -> bool:
+def _may_be_dense(step: Step, samples: int, budget: float) -> bool:
     entering, leaving = width(step.start, samples), width(step.stop, samples)
     return cost(entering, leaving) <= budget and fits(entering, leaving, samples)
 
@@ -93,7 +93,7 @@ def log_norm(
     passes: Passes,
     step: Step,
     samples: int,
-    budget: int,
+    budget: float,
     generator: torch.Generator,
 ) -> StepNorm:
     """Find the Frobenius norm by a rule, by all rows or columns, or by random cotangents."""
@@ -106,7 +106,7 @@ def log_norm(
 
 
 def _log_norm_of_any(
-    passes: Passes, step: Step, samples: int, budget: int, generator: torch.Generator
+    passes: Passes, step: Step, samples: int, budget: float, generator: torch.Generator
 ) -> StepNorm:
     rows = math.prod(step.stop.shape) // samples
     columns = PUSH_COST * (math.prod(step.start.shape) // samples)
