@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pushforward.program.recorder import CannotRecord, Instruction, Recorder, Recording, Slot
 from pushforward.program.shortcuts import shortened
@@ -20,6 +22,16 @@ aten = torch.ops.aten
 
 class Stale(Exception):
     """A value that a program relies on is another one at this point."""
+
+
+@contextmanager
+def _validation_kept() -> Iterator[None]:
+    """The first use of torch's compiler turns off, for good, what distributions check."""
+    checks = Distribution._validate_args
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +68,9 @@ class Program:
             raise CannotRecord("it has guards, which torch.compile cannot look at")
         names = dict(self.traceable)
         exec(compile(self.source, "<program>", "exec"), names)
-        return replace(self, run=torch.compile(names["run"], fullgraph=True, dynamic=False))
+        with _validation_kept():
+            run = torch.compile(names["run"], fullgraph=True, dynamic=False)
+        return replace(self, run=run)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self.run(*inputs, *self.outside())
