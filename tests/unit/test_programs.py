@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import checkpoint
 
+import pushforward as pf
 from pushforward.program import CannotRecord, Program, Recorder, Stale, program
 from zoo_families.case import module, randn
 
@@ -394,3 +395,23 @@ def test_checkpoints_are_recorded_too():
             return torch.autograd.grad(y.sum(), leaf)[0]
 
     right(work, randn(3))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+def test_programs_for_the_compiler():
+    """``compile=True`` gives the same numbers and gradients, and leaves torch's settings alone."""
+    checks = torch.distributions.Distribution._validate_args
+
+    def f(x):
+        return x[1:] * x[:-1].sin()
+
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    plan = pf.plan(f, x, compile=True)
+    wanted = torch.autograd.functional.jacobian(f, x, create_graph=True)
+    found = plan(x).matrix()
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(J.square().sum(), x)[0] for J in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+    assert "handed to torch.compile" in str(plan)
+    assert torch.distributions.Distribution._validate_args == checks
