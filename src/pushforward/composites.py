@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pushforward.purity import one_at_a_time, without_mkldnn
 # Jacobian the entries of others there.
 # weight_norm's second derivative is wrong, that of logcumsumexp is NaN. The derivative of
 # as_strided_scatter by its first argument is where it should not be. Layer norm with a bias and no
-# weight loses the second derivative by the bias.
+# weight loses the second derivative by the bias. hardsigmoid has no second derivative at all.
 UNFIT = frozenset(
     {
         "CdistBackward0",
@@ -30,6 +31,7 @@ UNFIT = frozenset(
         "WeightNormInterfaceBackward0",
         "LogcumsumexpBackward0",
         "AsStridedScatterBackward0",
+        "HardsigmoidBackward0",
         "NativeLayerNormBackward0 of a bias alone",
     }
 )
@@ -177,6 +179,13 @@ def _norm(offset: Tensor, p: float) -> Tensor:
     return torch.linalg.vector_norm(offset, p, dim=-1)
 
 
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """x / 6 + 1/2 between -3 and 3, with no slope at the ends and beyond."""
+    beyond = torch.nn.functional.hardsigmoid(input.detach())
+    found = torch.where((input > -3) & (input < 3), input / 6 + 0.5, beyond)
+    return input.copy_(found) if inplace else found
+
+
 _TABLE: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
@@ -189,6 +198,9 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     torch.Tensor.logcumsumexp: logcumsumexp,
     torch.as_strided_scatter: as_strided_scatter,
     torch.Tensor.as_strided_scatter: as_strided_scatter,
+    torch.nn.functional.hardsigmoid: hardsigmoid,
+    torch._C._nn.hardsigmoid: hardsigmoid,
+    torch._C._nn.hardsigmoid_: partial(hardsigmoid, inplace=True),
     torch.cdist: cdist,
     torch.pdist: pdist,
     torch.nn.functional.pdist: pdist,

@@ -41,6 +41,12 @@ class Scaled(nn.Module):
     def forward(self, x):
         return self.same(self.narrow(self.wide(x)))
 
+class Thin(nn.Sequential):
+    '''Three outputs of rank two: nothing is zero in its Jacobian but for rounding.'''
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(4, 2), nn.Linear(2, 8), nn.Linear(8, 3))
+
 class Deep(nn.Sequential):
     def __init__(self):
         layers = [nn.Linear(3, 3, bias=False) for _ in range(12)]
@@ -146,6 +152,13 @@ class TestValues:
             assert values[limit["sample"]] == worst
             assert limit["layer"] is None
             assert limit["passed"] == (limit["name"] != "min-norm")
+
+    def test_what_is_of_deficient_rank_has_no_condition(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        status, found = outcome(capsys, "Thin", "--input", "f32[6,4]", "--max-cond", "1e30")
+        assert status == FAILED
+        assert found["limits"][0]["value"] == "inf"
 
     def test_samples_are_numbered_as_in_the_data(
         self, place: Path, capsys: pytest.CaptureFixture[str]
@@ -355,6 +368,18 @@ class TestJUnit:
         words = ("--data", "d.npz", "--max-norm", "2", "--junit", "ci/out.xml")
         assert run("net", *words) == DEFECT
         assert self.cases(place)[0].get("errors") == "1"
+
+    def test_an_interrupted_gate_is_an_error(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, "judged", stop)
+        words = ("--data", "d.npz", "--max-norm", "2", "--junit", "ci/out.xml")
+        assert run("net", *words) == 130
+        _, cases = self.cases(place)
+        assert "KeyboardInterrupt" in cases["max-norm 2"].find("error").get("message")
 
     def test_place_that_cannot_be_written(
         self, place: Path, capsys: pytest.CaptureFixture[str]

@@ -93,6 +93,31 @@ class TestLogcumsumexp:
         assert torch.isfinite(J.matrix()).all()
 
 
+class TestHardsigmoid:
+    """torch has its first derivative alone; a network for phones has it in every block."""
+
+    net = nn.Sequential(nn.Linear(4, 5), nn.Hardsigmoid(), nn.Linear(5, 3)).double()
+
+    def test_a_jacobian_can_be_trained(self):
+        x = 4 * point(6, 4)
+        loss = pf.jacobian(self.net, x, batch_dim=0).fro_norm().square().sum()
+        (found,) = torch.autograd.grad(loss, self.net[0].weight)
+        first, last = self.net[0].weight, self.net[2].weight
+        slopes = (self.net[0](x).abs() < 3).double() / 6
+        wanted = sum(((last * slope) @ first).square().sum() for slope in slopes)
+        torch.testing.assert_close(found, *torch.autograd.grad(wanted, first))
+
+    def test_values_and_slopes_are_those_of_torch(self):
+        x = torch.tensor([-4.0, -3.0, -1.0, 2.9, 3.0, 5.0], **F64)
+        J = pf.jacobian(lambda x: nn.functional.hardsigmoid(x.clone(), inplace=True) ** 2, x)
+        value = nn.functional.hardsigmoid(x)
+        slope = (x.abs() < 3).double() / 6
+        torch.testing.assert_close(J.value, value**2)
+        torch.testing.assert_close(J.diagonal(), 2 * value * slope)
+        curved = pf.hessian(lambda x: (nn.functional.hardsigmoid(x) ** 2).sum(), x)
+        torch.testing.assert_close(curved.diagonal(), 2 * slope**2)
+
+
 class TestCheckpoints:
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4)).double()
 

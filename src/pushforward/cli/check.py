@@ -235,8 +235,9 @@ def _told_as_junit(
     """Where the gate cannot be tried, say so in the XML too: it must not look like a pass."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if place is not None:
-            cases = [Case(f"{name} {limit:g}", error=str(error)) for name, limit in limits.items()]
+            why = str(error) or type(error).__name__
+            cases = [Case(f"{name} {limit:g}", error=why) for name, limit in limits.items()]
             write_together({place: _junit(options.model, cases, started)})
         raise

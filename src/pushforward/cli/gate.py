@@ -149,8 +149,14 @@ def _part(
 
 _OF_MATRIX: dict[str, Callable[[Tensor], Tensor]] = {
     "spectral": linalg.spectral_norm,
-    "cond": linalg.cond,
+    "cond": lambda matrix: _cond(matrix),
 }
+
+
+def _cond(matrix: Tensor) -> Tensor:
+    """The condition number; infinite where the smallest singular value is mere rounding."""
+    deficient = linalg.rank(matrix) < min(matrix.shape[-2:])
+    return linalg.cond(matrix).masked_fill(deficient, math.inf)
 
 
 def _expect_finite(matrix: Tensor, first: int) -> None:

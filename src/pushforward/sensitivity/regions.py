@@ -109,14 +109,17 @@ def _points_at_once(alone: Codes, path: Tensor, memory: int | None) -> int:
 
 
 def _checked_pair(model: Any, path: Tensor, pooling: bool) -> Codes:
-    """The first point and its neighbour, with the same output for the first beside any other.
+    """The first point and its neighbour, with the same output for the first beside any other,
+    whether that comes after it or before.
 
     Raises:
         CouplingError: a point moves another one.
     """
-    pair = codes_of(model, path[[0, min(1, len(path) - 1)]], pooling)
-    other = codes_of(model, path[[0, -1]], pooling)
-    if not all(_agree(*both) for both in _first_outputs(pair, other)):
+    beside = (min(1, len(path) - 1), -1)
+    pair, other = (codes_of(model, path[[0, place]], pooling) for place in beside)
+    before = [codes_of(model, path[[place, 0]], pooling) for place in beside]
+    compared = [*_outputs_at(0, pair, other), *_outputs_at(1, *before)]
+    if not all(_agree(*both) for both in compared):
         raise CouplingError(
             "linear_regions expects points that do not influence each other, but the output at the "
             "first one depends on the others; call .eval() first, or let the model keep dimension "
@@ -132,11 +135,11 @@ def _first_is_batch(alone: Codes, pair: Codes) -> bool:
     return len(expected) == len(shapes) and expected == [tuple(c.shape) for c in pair.units]
 
 
-def _first_outputs(one: Codes, other: Codes) -> Iterator[tuple[Tensor, Tensor]]:
-    """What two runs of two points say of the first."""
+def _outputs_at(place: int, one: Codes, other: Codes) -> Iterator[tuple[Tensor, Tensor]]:
+    """What two runs of two points say of the one at a place."""
     for a, b in zip(tensors_of(one.output), tensors_of(other.output), strict=True):
         if a.shape[:1] == (2,) and a.is_floating_point():
-            yield a[0], b[0]
+            yield a[place], b[place]
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
