@@ -224,6 +224,34 @@ def test_it_leaves_no_trace_even_after_an_error():
     assert after == hooks
 
 
+@pytest.mark.parametrize("layers", ["typo", ["input", "typo"], ["0", "input", "typo"]])
+def test_a_misspelt_name_leaves_no_trace(layers: str | list[str]):
+    model, (x, _) = mlp(), batch()
+    with pytest.raises(pf.errors.InputError, match="'typo'"):
+        GaussianNoise(model, 0.1, layers)
+    with pytest.raises(pf.errors.InputError, match="'typo'"):
+        NoisePenalty(0.1, layers)(model, x)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(model(x), model(x))
+
+
+class Unhookable(nn.Module):
+    """An activation of one's own that takes no hook after its evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def register_forward_hook(self, *_: object, **__: object) -> object:
+        raise RuntimeError("no hooks here")
+
+
+def test_hooks_go_where_one_of_them_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), Unhookable(), nn.Linear(4, 3))
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        GaussianNoise(model, 0.1)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_the_same_in_training_and_evaluation():
     model, (x, _) = mlp(), batch()
     with GaussianNoise(model.train(), 0.1, seed=2):

@@ -73,18 +73,29 @@ class Sites:
         _check_model(model)
         run = _Run(visit, self.layers is None)
         handles: list[Any] = []
+        try:
+            for register, hook, how in self._hooks(model, run):
+                handles.append(register(hook, **how))
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+        return handles
+
+    def _hooks(self, model: nn.Module, run: _Run) -> Iterator[tuple[Callable, Callable, dict]]:
+        """Who registers which hook, and how; the names are looked up before the first of them."""
+        modules = list(self._modules(model))
         if self.layers is None or INPUT in self._listed():
             enter = run.input_or_nothing if self.layers is None else run.input
-            handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(model.register_forward_pre_hook(run.start, with_kwargs=True))
-        for module, name, named in self._modules(model):
-            handles.append(module.register_forward_hook(run.output_of(name, named)))
+            yield model.register_forward_pre_hook, enter, {"with_kwargs": True}
+        yield model.register_forward_pre_hook, run.start, {"with_kwargs": True}
+        for module, name, named in modules:
+            yield module.register_forward_hook, run.output_of(name, named), {}
         for module in _own_activations(model) if self.layers is None else ():
-            handles.append(module.register_forward_pre_hook(run.enter))
-            handles.append(module.register_forward_hook(run.leave))
+            yield module.register_forward_pre_hook, run.enter, {}
+            yield module.register_forward_hook, run.leave, {}
         # First, so that one context inside of another ends before it.
-        handles.append(model.register_forward_hook(run.stop, always_call=True, prepend=True))
-        return handles
+        yield model.register_forward_hook, run.stop, {"always_call": True, "prepend": True}
 
     def _listed(self) -> list[str]:
         return [self.layers] if isinstance(self.layers, str) else list(self.layers or ())
