@@ -11,7 +11,7 @@ report: $(READY)  ## run the main job on the embedded model
 	@echo "The report lies at $(CURDIR)/$(REPORT)/report.html"
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -n auto --cov=pushforward --cov-branch --cov-report=
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov=pushforward --cov-branch --cov-report=
 
 lint: $(READY)  ## lint, format check, types
 	$(BIN)/ruff check .
