@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -181,6 +182,185 @@ def test_nothing_that_a_model_returns_gets_noise_unless_it_is_named():
     in_place = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)).double()
     with GaussianNoise(in_place, {"input": 0.0, "1*": 1.0}):
         assert torch.equal(in_place(x), in_place(x))
+
+
+def set_first(y: Tensor) -> Tensor:
+    y[:, 0] = 7
+    return y
+
+
+def written_through_a_view(y: Tensor) -> Tensor:
+    view = y.view(-1, 2, 2)
+    view *= 2
+    view[:, 0] += 1
+    return y
+
+
+def doubled_by_itself(y: Tensor) -> Tensor:
+    y += y
+    return y
+
+
+def viewed_before(y: Tensor) -> Tensor:
+    view = y.view(-1)
+    F.relu_(y)
+    return view
+
+
+def part_in_place(y: Tensor) -> Tensor:
+    y[:, :3].relu_()
+    return y
+
+
+def out_of_sight(y: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        y += 1
+    return y
+
+
+# What follows a last layer, (B, 4): in place, moved, copied.
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "add": lambda z: F.gelu(z).add_(1.5),
+    "scale": lambda z: torch.tanh(z).mul_(2.5),
+    "set": lambda z: set_first(z.sigmoid()),
+    "through a view": lambda z: written_through_a_view(z.sigmoid()),
+    "by itself": lambda z: doubled_by_itself(z.sigmoid()),
+    "view, then in place": lambda z: F.softplus(z).view(-1, 4, 1).mul_(2).squeeze(-1),
+    "in place on a view": lambda z: F.relu(z.unsqueeze(-1), inplace=True).squeeze(-1),
+    "in place on a view, whole returned": lambda z: part_in_place(z),
+    "permuted": lambda z: z.view(-1, 2, 2).sigmoid().permute(0, 2, 1).reshape(-1, 4),
+    "clone": lambda z: z.sigmoid().clone(),
+    "transposed": lambda z: z.t().sigmoid().t().contiguous(),
+    "property": lambda z: z.sigmoid().mT.mT,
+    "flip": lambda z: z.tanh().flip(1),
+    "cast": lambda z: z.tanh().float(),
+    "columns": lambda z: z.tanh()[:, [0, 2, 1]],
+    "cat": lambda z: torch.cat([z.tanh(), torch.stack([z[:, 0].sigmoid(), z[:, 1]], 1)], 1),
+    "chunk": lambda z: z.tanh().chunk(2, 1)[1],
+    "twice in place": lambda z: F.relu_(z.tanh().add_(0.1)),
+    "view kept, then in place": lambda z: viewed_before(z.tanh()),
+}
+
+
+class Ending(nn.Module):
+    """One hidden layer, and what comes behind the last one."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor], act: type[nn.Module] = nn.Tanh) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.act, self.b = nn.Linear(4, 6), act(), nn.Linear(6, 4)
+        self.end = end
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.act(self.a(x))
+        return self.end(self.b(self.hidden))
+
+
+@pytest.mark.parametrize("how", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_last_activation_may_be_moved_copied_and_written_to(
+    end: str, how: Callable[[], AbstractContextManager]
+):
+    model, (x, _) = Ending(ENDS[end]), batch()
+    with how(), GaussianNoise(model, 0.0):
+        torch.testing.assert_close(model(x), model.end(model.b(model.act(model.a(x)))))
+    with how(), GaussianNoise(model, 0.5, seed=0):
+        noisy = model(x)
+    hidden = model.hidden
+    assert not torch.allclose(hidden, model.act(model.a(x)))
+    if end not in ("twice in place", "view kept, then in place"):  # a hidden one comes before
+        torch.testing.assert_close(noisy, model.end(model.b(hidden)))
+
+
+WITHOUT_WRITES: dict[str, Callable[[Tensor], Tensor]] = {
+    "scale": lambda z: z.tanh() * 2.5,
+    "set": lambda z: z.sigmoid()[:, 1:],
+    "flip": lambda z: z.tanh().flip(1),
+    "in place on a view": lambda z: z.relu(),
+}
+
+
+@pytest.mark.parametrize("end", WITHOUT_WRITES)
+def test_penalties_of_models_that_end_in_place(end: str):
+    model, (x, _) = Ending(ENDS[end]), batch()
+    value = NoisePenalty(0.3, loss="mse", projections="exact")(model, x)
+    total = torch.zeros((), dtype=x.dtype)
+    for b in range(len(x)):
+        point = x[b : b + 1].clone().requires_grad_()
+        hidden = model.act(model.a(point))
+        for place in (point, hidden):
+            # Without writes, because tanh and sigmoid save what would be overwritten.
+            for scalar in WITHOUT_WRITES[end](model.b(hidden)).flatten():
+                (row,) = torch.autograd.grad(scalar, place, create_graph=True)
+                total = total + row.square().sum()
+    assert_same(value, 0.045 * total / 3, model)
+
+
+class Block(nn.Module):
+    """A pre-activation block, which adds its input in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c1, self.c2, self.in_place = nn.Linear(4, 4), nn.Linear(4, 4), in_place
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.c2(F.relu(self.c1(F.relu(x))))
+        if self.in_place:
+            out += x
+            return out
+        return out + x
+
+
+def test_a_skip_that_is_added_in_place():
+    x, _ = batch()
+    one, other = Block(True), Block(False)
+    for layers in ("c*", None, "*", "c2"):
+        with GaussianNoise(one, 0.0, layers):
+            torch.testing.assert_close(one(x), other(x))
+    with (
+        GaussianNoise(one, {"c1": 0.3, "c*": 0.4}, seed=0),
+        GaussianNoise(other, 0.3, ["c1"], seed=0),
+    ):
+        torch.testing.assert_close(one(x), other(x))  # what is returned gets noise from no glob
+    other.c1, other.c2 = one.c1, one.c2
+    penalty = NoisePenalty({"c1": 0.3, "c*": 0.4}, loss="mse", projections="exact")
+    hidden = NoisePenalty(0.3, ["c1"], loss="mse", projections="exact")
+    assert_same(penalty(one, x), hidden(other, x), one)
+
+
+def test_a_write_that_nobody_saw_keeps_the_noise():
+    model, (x, _) = Ending(lambda z: out_of_sight(z.sigmoid())), batch()
+    with GaussianNoise(model, 0.0):
+        noisy = model(x)
+    torch.testing.assert_close(noisy, model(x))
+
+
+def test_random_writes_are_not_repeated():
+    model, (x, _) = Ending(lambda z: F.dropout(z.sigmoid(), 0.5, inplace=True)), batch()
+    torch.manual_seed(0)
+    expected, state = model(x), torch.get_rng_state()
+    torch.manual_seed(0)
+    with GaussianNoise(model, 0.0, seed=0):
+        torch.testing.assert_close(model(x), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("end", ["permuted", "add", "set", "through a view", "in place on a view"])
+def test_inside_inference_mode(end: str):
+    model, (x, _) = Ending(ENDS[end]), batch()
+    with torch.inference_mode(), GaussianNoise(model, 0.3, seed=0):
+        noisy = model(x)
+        torch.testing.assert_close(noisy, model.end(model.b(model.hidden)))
+
+
+def test_globs_of_modules_inside_each_other():
+    model, (x, _) = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))).double(), batch()
+    quiet = {"0.0": 0.0, "*": 1.0}
+    with GaussianNoise(model, quiet):
+        assert torch.equal(model(x), model(x))
 
 
 def test_outputs_in_a_dict_stay_clean():

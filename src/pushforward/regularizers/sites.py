@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 from pushforward.errors import InputError
 from pushforward.path.record import module_names
 from pushforward.path.steps import checked_layers
+from pushforward.regularizers.twins import Twins
 
 INPUT = "input"
 ACTIVATION = "activation"
@@ -135,7 +135,7 @@ class _Run(TorchFunctionMode):
         self.visit, self.activations = visit, activations
         self.depth = self.seen = 0
         self.inside: list[int] = []
-        self.replaced: dict[int, tuple[weakref.ref, Tensor]] = {}
+        self.twins = Twins()
 
     def input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Visit the first real tensor that a model is called with."""
@@ -163,7 +163,7 @@ class _Run(TorchFunctionMode):
         if self.depth == 1:
             self.seen = 0
             self.inside.clear()
-            self.replaced.clear()
+            self.twins.clear()
             self.__enter__()
 
     def stop(self, model: nn.Module, _: Any, output: Any) -> Any:
@@ -175,8 +175,8 @@ class _Run(TorchFunctionMode):
         self.__exit__(None, None, None)
         if self.activations and output is not None:
             self._refuse_none(model)
-        output = pytree.tree_map(self._undone, output) if self.replaced else output
-        self.replaced.clear()
+        output = pytree.tree_map(self._undone, output)
+        self.twins.clear()
         return output
 
     def output_of(self, name: str, named: bool) -> Callable[..., Any]:
@@ -193,13 +193,14 @@ class _Run(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not (self.activations and func in _ACTIVATIONS and _is_tensor(args)):
-            return func(*args, **kwargs)
+            return self.twins.run(func, args, kwargs)
         self.seen += 1
         if self.inside:
-            return func(*args, **kwargs)
+            return self.twins.run(func, args, kwargs)
         if func.__name__.endswith("_") or kwargs.get("inplace") or any(a is True for a in args[1:]):
             clean = func(args[0].clone(), *args[1:], **kwargs)
-            return self._noted(args[0].copy_(self.visit(ACTIVATION, clean)), clean)
+            self.twins.overwrite(args[0], self.visit(ACTIVATION, clean), clean)
+            return args[0]
         return self._visited(ACTIVATION, func(*args, **kwargs))
 
     def enter(self, *_: Any) -> None:
@@ -213,27 +214,15 @@ class _Run(TorchFunctionMode):
         return self._visited(ACTIVATION, output) if computed else output
 
     def _visited(self, name: str, clean: Tensor) -> Tensor:
-        return self._noted(self.visit(name, clean), clean)
-
-    def _noted(self, visited: Tensor, clean: Tensor) -> Tensor:
-        """Remember what stood in a place, for the case that it is what the model returns."""
-        key, table = id(visited), self.replaced
-        table[key] = (weakref.ref(visited, lambda _: table.pop(key, None)), clean)
+        """Visit a place, and remember what stood there in case that the model returns it."""
+        visited = self.visit(name, clean)
+        self.twins.note(visited, clean)
         return visited
 
     def _undone(self, leaf: Any) -> Any:
         """An output without what a visit did to it: a model's result is no hidden place."""
-        if not isinstance(leaf, Tensor):
-            return leaf
-        for reference, clean in self.replaced.values():
-            visited = reference()
-            if visited is leaf:
-                return clean
-            if visited is not None and leaf._base is not None and leaf._base is visited:
-                return clean.contiguous().as_strided(
-                    leaf.shape, leaf.stride(), leaf.storage_offset()
-                )
-        return leaf
+        clean = self.twins.of(leaf) if isinstance(leaf, Tensor) else None
+        return leaf if clean is None else clean
 
     def _refuse_none(self, model: nn.Module) -> None:
         """A network of several layers whose activations nobody has seen."""
