@@ -63,15 +63,13 @@ def rule(*kinds: Any) -> Callable[[Rule], Rule]:
 def log_norm_of_leaf(leaf: Leaf) -> Tensor | None:
     """Return log ||J||_F per sample by the rule for a module; None where none holds."""
     found = RULES.get(type(leaf.module))
-    return found(leaf) if found is not None and _is_ordinary(leaf.module) else None
+    return found(leaf) if found is not None and _in_its_dtype(leaf) else None
 
 
-def _is_ordinary(module: nn.Module) -> bool:
-    """Whether nobody changed what the module does: no hooks, no weights that are computed."""
-    hooked = module._backward_hooks or module._backward_pre_hooks
-    hooked = hooked or module._forward_hooks or module._forward_pre_hooks
-    computed = any(parameter.grad_fn is not None for parameter in module.parameters())
-    return not hooked and not computed and "forward" not in vars(module)
+def _in_its_dtype(leaf: Leaf) -> bool:
+    """Whether weights take part as they are: autocast uses rounded copies of them."""
+    weights = leaf.module.parameters(recurse=False)
+    return all(weight.dtype == leaf.stop.dtype for weight in weights)
 
 
 @rule(nn.Linear)

@@ -97,7 +97,7 @@ def log_norm(
     generator: torch.Generator,
 ) -> StepNorm:
     """Find the Frobenius norm by a rule, by all rows or columns, or by random cotangents."""
-    if step.call is not None:
+    if step.call is not None and step.call.state is not None and step.call.state.lasts():
         leaf = Leaf(step.call.module, step.start, step.stop, samples, passes)
         found = log_norm_of_leaf(leaf)
         if found is not None:

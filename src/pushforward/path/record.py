@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from pushforward.boundary import Structure
+from pushforward.path.states import State
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ class Call:
         leaves: numbers of the first and the last leaf call inside, one past the end.
         source: the node of its input, where that is a single tensor and nothing else.
         outputs: its tensor outputs that depend on the input of the model.
+        state: what a leaf was like meanwhile; None where hooks or the like took part.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Call:
     leaves: tuple[int, int]
     source: Node | None
     outputs: tuple[Crossing, ...]
+    state: State | None = None
 
     def ends_at(self, place: Crossing) -> bool:
         return any(output.node is place.node for output in self.outputs)
@@ -114,9 +117,9 @@ class _Recorder:
         copies = [self._own(value, frame.leaf) for value in values]
         crossings = tuple(Crossing.of(c) for c in copies if _differentiable(c))
         span = (frame.first_leaf, self.leaf_calls)
-        self.calls.append(
-            Call(frame.name, self.names[module], module, frame.leaf, span, frame.source, crossings)
-        )
+        named = frame.name, self.names[module], module
+        state = State.during_call(module) if frame.leaf else None
+        self.calls.append(Call(*named, frame.leaf, span, frame.source, crossings, state))
         same = all(copy is value for copy, value in zip(copies, values, strict=True))
         return None if same else structure.rebuild(copies)
 
