@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pushforward as pf
-from pushforward.regularizers import JacobianPenalty
+from pushforward.regularizers import ContractivePenalty, EquilibriumPenalty, JacobianPenalty
 from pushforward.regularizers.graph import Affine, Between, Convolution, first_layer
 from pushforward.regularizers.kinks import Evaluated
 from pushforward.regularizers.products import (
@@ -382,6 +382,72 @@ def test_exact_refuses_coupled_samples_by_name():
     with pytest.raises(pf.errors.CouplingError, match=r"training mode \(BatchNorm1d\)"):
         penalty(model[1], torch.randn(3, 5, dtype=torch.float64))
     assert penalty(model.eval(), x) > 0
+
+
+class Autocast(nn.Module):
+    """A model whose arithmetic is coarser than the dtype of what it returns."""
+
+    def __init__(self, couples: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 40), nn.Tanh())
+        self.head, self.couples = nn.Linear(40, 6), couples
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.head(self.net(x))
+            return (y - y.mean(0) if self.couples else y).float()
+
+
+@pytest.mark.parametrize("penalty", [JacobianPenalty, ContractivePenalty, EquilibriumPenalty])
+def test_exact_takes_arithmetic_coarser_than_the_output(penalty: type[nn.Module]):
+    penalty = penalty(projections="exact")
+    model, x = Autocast(), torch.randn(16, 6).requires_grad_()
+    fine = nn.Sequential(model.net, model.head)
+    expected = penalty(fine, x)
+    torch.testing.assert_close(penalty(model, x), expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(penalty(x, model(x)), expected, rtol=0.03, atol=0)
+    point = x.detach().double().requires_grad_()
+
+    def mixed(x: Tensor) -> Tensor:
+        return fine(x.float()).double()
+
+    torch.testing.assert_close(penalty(mixed, point), expected.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(penalty(point, mixed(point)), expected.double(), rtol=1e-5, atol=0)
+    with pytest.raises(pf.errors.CouplingError, match="expects independent samples"):
+        penalty(Autocast(couples=True), x)
+    with pytest.raises(pf.errors.CouplingError, match="expects independent samples"):
+        penalty(lambda x: (x.float() - x.float().mean(0)).double(), point)
+
+
+class Clipped(torch.autograd.Function):
+    """Hands on gradients that are not linear in what arrives."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return g.clamp(-0.5, 0.5)
+
+
+def test_exact_refuses_a_backward_that_is_not_linear():
+    x = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(pf.errors.CouplingError, match="expects independent samples"):
+        JacobianPenalty("exact")(x, Clipped.apply(x.sin()))
+
+
+def test_a_pair_of_another_result_of_the_same_split():
+    t, layer = torch.randn(10, 6, requires_grad=True), nn.Linear(6, 3)
+    for one, other in (t.split(5), t.sin().chunk(2), t.unbind(1)[:2]):
+        for y in (other.sin(), other):
+            with pytest.raises(pf.errors.GraphError, match="no graph leads from one to the other"):
+                JacobianPenalty()(one, y)
+    _, x = t.split(5)
+    expected = oracle(layer, x.detach().clone().requires_grad_())
+    torch.testing.assert_close(JacobianPenalty("exact")(x, layer(x)), expected)
+    assert JacobianPenalty("exact")(x, x) == 3
 
 
 def test_nothing_of_the_model_stays_visible():

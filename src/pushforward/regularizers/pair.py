@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from pushforward.boundary import Arguments
 from pushforward.checks import agree
@@ -73,9 +74,8 @@ class Pair:
         _check_graph(x, y)
         source = source_node(x)
         nodes = named_nodes([source_node(y)], {source})
-        pair = Pair(
-            x, y, frozenset([name for _, name in nodes]), any(n is source for n, _ in nodes)
-        )
+        connects = any(n is source for n, _ in nodes) and _leads_to(x, y, [n for n, _ in nodes])
+        pair = Pair(x, y, frozenset([name for _, name in nodes]), connects)
         if not pair.connects:
             raise GraphError(
                 "expected y to be computed from x, but no graph leads from one to the other; "
@@ -196,7 +196,27 @@ class Pair:
             came = self.pull_to([place], mixed, graph=False)[0].reshape(self.batch, -1) @ look
             rows = [block.detach().reshape(len(block), self.batch, -1) @ look for block in blocks]
             seen = weights * torch.cat(rows)
-        return agree(came, seen.sum(0), seen.abs().amax() * len(seen), double=1e-9)
+        scale = seen.abs().amax() * len(seen)
+        return agree(came, seen.sum(0), scale, double=1e-9) or self._apart_by_zeros(place, mixed)
+
+    def _apart_by_zeros(self, place: Any, cotangent: Tensor) -> bool:
+        """Whether nothing arrives at samples whose own cotangents ``(1, B, C)`` are zero.
+
+        A second opinion: what is computed in a coarser dtype than that of the output does not scale
+        to the precision of the latter, but what is zero stays zero.
+        """
+        if take_census((self.y,), (self.x,)).custom:
+            return False
+        numbers = torch.arange(self.batch, device=cotangent.device)
+        for digit in range((self.batch - 1).bit_length()):
+            for value in (0, 1):
+                chosen = (numbers >> digit & 1) == value
+                with torch.no_grad():
+                    halved = cotangent * chosen.reshape(1, -1, 1)
+                    reached = self.pull_to([place], halved, graph=False)[0]
+                if bool((reached.reshape(self.batch, -1)[~chosen].nan_to_num() != 0).any()):
+                    return False
+        return True
 
     def _refuse_unfit(self) -> None:
         """Raise where an op on the way has no second derivative, or a wrong one."""
@@ -274,6 +294,14 @@ def _check_graph(x: Tensor, y: Tensor) -> None:
             "expected y to have a graph that leads to x, but it has none; compute it with "
             "gradients enabled and without detach(), or give the model: penalty(model, x)"
         )
+
+
+def _leads_to(x: Tensor, y: Tensor, nodes: Sequence[Any]) -> bool:
+    """Whether one of the nodes uses x, rather than another result of the node that made it."""
+    source, number = get_gradient_edge(x)[:2]
+    if y.grad_fn is source:
+        return y.output_nr == number
+    return any((source, number) in node.next_functions for node in nodes)
 
 
 def _is_unfit(name: str) -> bool:
