@@ -100,6 +100,7 @@ BOUNDED = {
     "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), 6.0),
     "attention, flattened": (lambda x: (x @ x.mT / 2).softmax(-1) @ x, 6.0),
     "rms": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), 1.2),
+    "rms with a weight": (lambda x: x * torch.rsqrt(B[0] ** 2 + (x**2).mean(-1, True)), 1.2),
     "rms without a constant": (lambda x: torch.rsqrt((x**2).mean(-1, keepdim=True)) * x, 1.2),
     "normalised": (lambda x: F.normalize(x, dim=-1), 3.0),
     "broadcast sum": (lambda x: x + x.mean(-1, keepdim=True), 1.5),
@@ -232,6 +233,38 @@ def test_a_root_mean_square_along_another_axis_is_no_normalisation():
     ):
         gap, _ = compared(spelling, 4, 4, seed=3)
         assert (gap >= -1e-9).all()
+
+
+INVERSE_RMS = {
+    "a gate of the same input": lambda x: (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + (100 * (x[..., :1] - 0.1)) ** 2)
+    ),
+    "a constant of more rows": lambda x: (
+        x[:, :1]
+        * torch.rsqrt(x[:, :1].pow(2).mean(-1, keepdim=True) + torch.full((8, 1), 1e-3).double())
+    ),
+    "a shifted input": lambda x: x * torch.rsqrt((x + 5).pow(2).mean(-1, keepdim=True)),
+    "a mean taken twice": lambda x: (lambda m: x * torch.rsqrt(m + m))(
+        x.pow(2).mean(-1, keepdim=True)
+    ),
+    "taken away": lambda x: (
+        x * torch.rsqrt(torch.add(40 * torch.ones(()), x.pow(2).mean(-1, keepdim=True), alpha=-9))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INVERSE_RMS)
+@pytest.mark.parametrize("point", [0.1045, 0.3, 2.0])
+def test_what_is_like_a_root_mean_square_and_is_none(name, point):
+    """The addend depends on x, or makes more of the factor than one number per mean."""
+    torch.manual_seed(0)
+    x = torch.rand(3, 4, 6, dtype=torch.float64) * 0.1 + point
+    x[..., 0] = point
+    with torch.no_grad():
+        journey, _ = _travel(Function(INVERSE_RMS[name]), x, 0, None, thorough=True)
+        found = log_spectral_by_ops(journey.passes, journey.steps[0], 3)
+        truth = exact_norms(journey.passes, journey.steps, 3).log_spectral
+    assert (found.log >= truth - 1e-9).all()
 
 
 # Rules that need a gate of their own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from pushforward.path.steps import Step
 
 # Beyond that, so many layouts and local norms take longer than they tell.
 MOST_NODES = 4000
+
+# By node and number, the inputs that lead back to the start of a step.
+Inputs = dict[Node, dict[int, GradientEdge]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class _Walk:
     step: Step
     order: Sequence[Node]
     samples: Samples
-    inputs: dict[Node, dict[int, GradientEdge]]
+    inputs: Inputs
     reach: dict[Node, Reach]
     roots: dict[Node, GradientEdge]
 
@@ -130,7 +133,7 @@ class _Walk:
         if node.name() != "MulBackward0" or len(self.inputs[node]) != 2:
             return None
         for x, factor in itertools.permutations(self.inputs[node].values()):
-            inverse = _inverse_rms(factor.node, x)
+            inverse = _inverse_rms(factor.node, x, self.inputs)
             if inverse is not None:
                 return Reach(self.reach[x.node].log + self.samples.most(inverse, factor).log())
         return None
@@ -140,7 +143,7 @@ class _Walk:
 DISJOINT = frozenset({"Cat", "Stack", "Where", "Maximum", "Minimum"})
 
 
-def _inputs(order: Sequence[Node]) -> dict[Node, dict[int, GradientEdge]]:
+def _inputs(order: Sequence[Node]) -> Inputs:
     """The inputs of each node that lead back to the start, by their number."""
     inside = set(order)
     return {
@@ -180,32 +183,40 @@ def _root_of_squares(logs: Tensor) -> Tensor:
     return (2 * logs).logsumexp(dim=0) / 2
 
 
-ADDITIONS = ("AddBackward0", "AddBackward1")
-INVERSE_RMS = ("RsqrtBackward0", "MeanBackward1", "PowBackward0")
-
-
-def _inverse_rms(node: Any, x: GradientEdge) -> Tensor | None:
-    """The value of a node that is rsqrt(mean(x^2) + c), c >= 0, of the tensor at an edge."""
-    nodes = [each for each in _up_to(node, x) if each.name() not in ADDITIONS]
-    if tuple(each.name() for each in nodes) != INVERSE_RMS:
+def _inverse_rms(node: Any, x: GradientEdge, inputs: Inputs) -> Tensor | None:
+    """The value of a node that is rsqrt(mean(x^2) + c) of the tensor at an edge; c >= 0 does not
+    depend on the start of the step, nor does it make the value larger than the mean."""
+    mean = _without_constant(_only_input(node, "RsqrtBackward0", inputs), inputs)
+    power = _only_input(mean, "MeanBackward1", inputs)
+    if _only_input(power, "PowBackward0", inputs) is None or _only_edge(power, inputs) != x:
         return None
-    mean, power = nodes[1:]
     if power._saved_exponent != 2 or not mean._saved_keepdim:
         return None
     squares = power._saved_self.double().square().mean(dim=_dims(mean), keepdim=True)
     inverse = node._saved_result.double()
+    if inverse.shape != squares.shape:
+        return None
     return inverse if bool((inverse.square() * squares <= 1 + 1e-3).all()) else None
 
 
-def _up_to(node: Any, x: GradientEdge) -> Iterator[Any]:
-    """Nodes along first inputs, until one whose input is at an edge; four at most."""
-    for _ in range(len(INVERSE_RMS) + 1):
-        if node is None or not node.next_functions:
-            return
-        yield node
-        if node.next_functions[0] == (x.node, x.output_nr):
-            return
-        node = node.next_functions[0][0]
+def _only_edge(node: Any, inputs: Inputs) -> GradientEdge | None:
+    """The one input of a node that leads back to the start, if it is one."""
+    edges = list(inputs.get(node, {}).values())
+    return edges[0] if len(edges) == 1 else None
+
+
+def _only_input(node: Any, name: str, inputs: Inputs) -> Any:
+    """The node of that input, if the node is of this kind."""
+    edge = _only_edge(node, inputs) if node is not None and node.name() == name else None
+    return None if edge is None else edge.node
+
+
+def _without_constant(node: Any, inputs: Inputs) -> Any:
+    """What a constant is added to; a node that adds nothing is returned as it is."""
+    if node is None or not node.name().startswith("AddBackward"):
+        return node
+    plain = 0 in inputs.get(node, {}) or getattr(node, "_saved_alpha", 1) == 1
+    return _only_input(node, node.name(), inputs) if plain else None
 
 
 def _dims(node: Any) -> list[int]:
