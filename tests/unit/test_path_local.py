@@ -23,6 +23,11 @@ class Function(nn.Module):
         return self.function(x)
 
 
+@pytest.fixture(autouse=True)
+def _failures_of_rules_are_seen(monkeypatch):
+    monkeypatch.setattr(local, "TOLERATED", (RuntimeError, AttributeError, TypeError))
+
+
 def compared(function, *shape, samples=3, dtype=torch.float64, seed=0):
     """The bound op by op less the norm itself, per sample, and whether it is called exact."""
     torch.manual_seed(seed)
@@ -89,6 +94,15 @@ BOUNDED = {
     "adaptive average": (lambda x: F.adaptive_avg_pool2d(x, (3, 4)), 1.5),
     "bilinear": (lambda x: F.interpolate(x[:, None], (5, 7), mode="bilinear"), 1.5),
     "a convolution": (nn.Conv1d(4, 3, 3, padding=1), 1.3),
+    "a convolution without padding": (nn.Conv1d(4, 3, 3, padding="valid"), 1.3),
+    "a plane without padding": (
+        lambda x: F.conv2d(x[:, None], W[None, None, :2, :3], padding="valid"),
+        1.3,
+    ),
+    "a space without padding": (
+        lambda x: F.conv3d(x[:, None, None], W[None, None, None, :2, :3], padding="valid"),
+        1.3,
+    ),
     "a transposed convolution": (nn.ConvTranspose1d(4, 3, 3, stride=2), 1.3),
     "a skip": (lambda x: x + torch.tanh(x @ W.T @ W), 1.5),
     "branches side by side": (lambda x: torch.cat([x @ W.T, x.sin()], dim=-1), 1.2),
@@ -209,6 +223,17 @@ def test_wide_matrices_get_an_inequality(monkeypatch):
     gap, exact = compared(lambda x: x @ W.T, 4, 6)
     assert not exact
     assert (gap > 1e-3).all()
+
+
+def test_a_rule_that_fails_gives_no_bound(monkeypatch):
+    def broken(op, number):
+        raise ValueError("a rule that is wrong")
+
+    monkeypatch.setitem(local.RULES, "Cumsum", broken)
+    with pytest.raises(ValueError, match="a rule that is wrong"):
+        compared(lambda x: x.cumsum(-1), 4, 6)
+    monkeypatch.setattr(local, "TOLERATED", Exception)
+    assert compared(lambda x: x.cumsum(-1), 4, 6) == (None, False)
 
 
 def test_long_functions_are_not_followed(monkeypatch):

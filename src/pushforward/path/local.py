@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,8 @@ from pushforward.path import convolution
 from pushforward.path.places import Samples, dtype_of, shape_of
 from pushforward.path.spectrum import affordable, gram, log_norms_or_more, log_root
 
+# What a rule may raise; a test may narrow it.
+TOLERATED: type[Exception] | tuple[type[Exception], ...] = Exception
 # An op without a rule is taken row by row, if it is no larger than that.
 MOST_ROWS, MOST_COLUMNS = 512, 4096
 
@@ -117,13 +119,14 @@ def rule(*kinds: str) -> Callable[[Rule], Rule]:
 def bound_of(op: Op, number: int) -> Bound | None:
     """Bound the norm with respect to one input, by a rule or from all rows; None if neither does.
 
-    What an op saved may have been changed in place since, which torch refuses to read.
+    What an op saved may have been changed in place since, which torch refuses to read; and no rule
+    that fails is worth more than the rest of the result.
     """
     try:
         found = RULES.get(op.kind, _unknown)(op, number)
         found = _from_rows(op, number) if found is None else found
         return found if found is None or bool((found.log < torch.inf).all()) else None
-    except (RuntimeError, AttributeError, TypeError):
+    except TOLERATED:
         return None
 
 
@@ -327,10 +330,16 @@ def _convolved(op: Op, number: int) -> Bound | None:
     if number != 0 or weight is None:
         return None
     shape = shape_of(op.output) if op.saved("transposed") else op.shape(0)
-    window = {name: tuple(op.saved(name)) for name in ("stride", "padding", "dilation")}
-    size = tuple(shape[-len(window["stride"]) :])
+    dims = weight.dim() - 2
+    window = {name: _each(op.saved(name), dims) for name in ("stride", "padding", "dilation")}
+    size = tuple(shape[-dims:])
     conv = convolution.Convolution(weight, size, **window, groups=op.saved("groups"))
     return op.same(convolution.log_norm(conv), exact=False)
+
+
+def _each(saved: Sequence[int], dims: int) -> tuple[int, ...]:
+    """One number per dimension; padding="valid" saves a single one."""
+    return tuple(saved) * dims if len(saved) == 1 else tuple(saved)
 
 
 # Normalisation: J = diag(weight) (I - 1 1^T / n - z z^T / n) / sigma, where the bracket projects.
