@@ -129,6 +129,169 @@ def test_an_activation_of_ones_own_is_one_place():
     assert len(seen) == 2
 
 
+class Given(nn.Module):
+    """Layers whose weights come from elsewhere; no parameters of its own."""
+
+    def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+        for weight in weights[:-1]:
+            x = F.relu(F.linear(x, weight))
+        return x @ weights[-1]
+
+
+class Pieces(nn.Module):
+    """An activation that returns several tensors, one of them computed by none."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        a, b, c = x.chunk(3, 1)
+        return a.relu(), {"b": b.tanh(), "c": c * 2}
+
+
+class Reused(nn.Module):
+    """A hidden activation that is used by a layer, and after it."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        y = h @ weight
+        h[:, 0] = 1.0
+        return F.silu(y) + h
+
+
+class Failing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x.relu()
+        raise ValueError("not today")
+
+
+class Outer(nn.Module):
+    """A module of one's own that calls another, which is not its child."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = [inner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0](x) * 2
+
+
+class Owner(nn.Module):
+    """A network with a module without parameters in it, or the same without."""
+
+    def __init__(self, body: nn.Module, inline: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.weights = nn.ParameterList([torch.randn(6, 6) for _ in range(3)])
+        self.body = [body] if inline else body
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = self.body[0] if isinstance(self.body, list) else self.body
+        x = self.first(x)
+        if isinstance(body, Given):
+            return self.head(body(x, *self.weights))
+        if isinstance(body, Reused):
+            return self.head(body(x, self.weights[0]))
+        if isinstance(body, Pieces):
+            a, rest = body(x)
+            return self.head(torch.cat([a, rest["b"], rest["c"]], 1))
+        try:
+            return self.head(body(x))
+        except ValueError:
+            return self.head(F.gelu(x))
+
+
+@pytest.mark.parametrize("kind", [Given, Pieces])
+def test_modules_without_parameters_that_are_more_than_one_function(kind: type[nn.Module]):
+    model, inline, (x, _) = Owner(kind()), Owner(kind(), inline=True), batch()
+    assert len(visited(model, None, x)) == 3
+    assert visited(model, None, x) == visited(inline, None, x)
+    with GaussianNoise(model, 0.3, seed=0), GaussianNoise(inline, 0.3, seed=0):
+        torch.testing.assert_close(model(x), inline(x))
+    inline.load_state_dict(model.state_dict())
+    inline.first, inline.head, inline.weights = model.first, model.head, model.weights
+    penalty = NoisePenalty(0.3, projections="exact")
+    assert_same(penalty(model, x), penalty(inline, x), model)
+
+
+def test_what_a_layer_used_has_noise_ever_after():
+    model, (x, _) = Owner(Reused()), batch()
+    assert visited(model, None, x) == ["input (3, 4)", *["activation (3, 6)"] * 2]
+    seen: list[Tensor] = []
+    with Sites(0.1, None).visiting(model, lambda _, value: seen.append(value + 1) or seen[-1]):
+        y = model(x)
+    h = model.first(x + 1).tanh() + 1
+    result = F.silu(h @ model.weights[0]) + torch.cat([torch.ones_like(h[:, :1]), h[:, 1:]], 1)
+    torch.testing.assert_close(y, model.head(result + 1))
+
+
+def test_an_error_inside_that_the_model_catches():
+    model, (x, _) = Owner(Failing()), batch()
+    assert visited(model, None, x) == ["input (3, 4)", "activation (3, 6)"]
+    assert visited(model, None, x) == ["input (3, 4)", "activation (3, 6)"]
+
+
+def test_modules_of_ones_own_in_each_other():
+    swish = Swish()
+    model = nn.Sequential(swish, nn.Linear(4, 6), Outer(swish), nn.Linear(6, 3))
+    expected = ["input (2, 4)", "activation (2, 4)", "activation (2, 6)"]
+    assert visited(model, None, torch.randn(2, 4)) == expected
+
+
+ZERO = torch.zeros(())
+RELUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda x: x.clamp(min=0),
+    "clamp, by position": lambda x: torch.clamp(x, 0),
+    "clamp_min": lambda x: torch.clamp_min(x, 0.0),
+    "clamp to six": lambda x: x.clip(0, 6),
+    "clamp, in place": lambda x: x.clamp_(min=ZERO),
+    "maximum": lambda x: torch.maximum(x, ZERO),
+    "maximum, the other way": lambda x: torch.max(torch.zeros_like(x), x),
+    "fmax": lambda x: x.fmax(ZERO),
+    "expit": torch.special.expit,
+    "by keyword": lambda x: F.relu(input=x),
+}
+NO_RELUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp to an interval": lambda x: x.clamp(-1, 1),
+    "clamp away from zero": lambda x: x.clamp(min=1e-6),
+    "clamp from above": lambda x: x.clamp(max=0),
+    "integers": lambda x: x + x.long().clamp(min=0),
+    "maximum of two": lambda x: torch.maximum(x, -x),
+    "largest": lambda x: x.max(1, keepdim=True)[0] + x,
+    "largest of all": lambda x: torch.max(x) + x,
+    "under vmap": lambda x: torch.vmap(lambda v: torch.maximum(v, v.detach()))(x),
+}
+
+
+class Calling(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale, self.function = nn.Parameter(torch.ones(())), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.scale * x)
+
+
+@pytest.mark.parametrize("name", [*RELUS, *NO_RELUS])
+def test_relus_by_other_names(name: str):
+    functions = RELUS | NO_RELUS
+    model = nn.Sequential(nn.Linear(4, 6), Calling(functions[name]), nn.Linear(6, 4), nn.Tanh())
+    count = len(visited(model, None, torch.randn(2, 4)))
+    assert count == (3 if name in RELUS else 2)
+
+
+def test_a_module_that_is_registered_twice_has_two_names():
+    (x, _), act = batch(), nn.Tanh()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), act, nn.Linear(5, 5), act, nn.Linear(5, 3)).double()
+    assert visited(model, "3", x) == ["3 (3, 5)"] * 2
+    assert visited(model, ["1", "3"], x) == ["1 (3, 5)"] * 2
+    assert visited(model, "[34]", x) == ["3 (3, 5)", "3 (3, 5)", "4 (3, 3)"]
+    one, other = (NoisePenalty({n: 0.3}, loss="mse", projections="exact") for n in ("1", "3"))
+    assert_same(one(model, x), other(model, x), model)
+    with pytest.raises(pf.errors.InputError, match="'5', which matches none"):
+        GaussianNoise(model, 0.1, ["3", "5"])
+
+
 def test_slopes_are_no_sign_of_working_in_place():
     model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.ELU(1.0), nn.Linear(6, 3))
     assert len(visited(model, None, torch.randn(2, 4))) == 3

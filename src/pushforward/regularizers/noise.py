@@ -21,11 +21,12 @@ class GaussianNoise:
         layers: names of modules whose outputs get noise, or globs ("block*.act"); "input" is the
             first real tensor that the model is called with. None takes the keys of a dict
             ``sigma``, otherwise the input and what every activation of torch returns, be it a
-            module or a function (softmax is none); a module of one's own without parameters that
-            uses one is one activation. What the model returns gets noise from no glob and not with
-            None, so that logits stay as they are, nor does it where it was viewed, moved, copied,
-            cast or written to in place since. Other arithmetic (``2 * torch.tanh(z)``, a mean)
-            makes what goes into it hidden.
+            module or a function (softmax is none, ``clamp(min=0)`` is one); a module of one's own
+            without parameters that uses one is one activation with it, up to where a linear layer
+            or a convolution comes inside. What the model returns gets noise from no glob and not
+            with None, so that logits stay as they are, nor does it where it was viewed, moved,
+            copied, cast or written to in place since. Other arithmetic (``2 * torch.tanh(z)``, a
+            mean) makes what goes into it hidden.
         seed: of a generator that belongs to this object; each evaluation draws on.
         generator: drawn from instead; with neither of them torch's default generator is.
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pushforward.errors import InputError
-from pushforward.path.record import module_names
 from pushforward.path.steps import checked_layers
+from pushforward.regularizers.activations import OwnModule, is_activation, own_activations
 from pushforward.regularizers.twins import Twins
 
 INPUT = "input"
@@ -24,16 +23,6 @@ ACTIVATION = "activation"
 Visit = Callable[[str, Tensor], Tensor]
 Layers = str | Sequence[str] | None
 Sigma = float | Mapping[str, float]
-
-_NAMES = (
-    *("relu", "relu_", "relu6", "elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu", "silu"),
-    *("mish", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "softplus", "softsign"),
-    *("sigmoid", "sigmoid_", "tanh", "tanh_", "hardtanh", "hardtanh_", "hardsigmoid", "hardswish"),
-    *("logsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold", "threshold_", "glu"),
-)
-_ACTIVATIONS = frozenset(
-    getattr(home, name) for home in (F, torch, Tensor) for name in _NAMES if hasattr(home, name)
-)
 
 
 class Sites:
@@ -91,9 +80,9 @@ class Sites:
         yield model.register_forward_pre_hook, run.start, {"with_kwargs": True}
         for module, name, named in modules:
             yield module.register_forward_hook, run.output_of(name, named), {}
-        for module in _own_activations(model) if self.layers is None else ():
+        for module in own_activations(model) if self.layers is None else ():
             yield module.register_forward_pre_hook, run.enter, {}
-            yield module.register_forward_hook, run.leave, {}
+            yield module.register_forward_hook, run.leave, {"always_call": True}
         # First, so that one context inside of another ends before it.
         yield model.register_forward_hook, run.stop, {"always_call": True, "prepend": True}
 
@@ -105,18 +94,28 @@ class Sites:
         patterns = [pattern for pattern in self._listed() if pattern != INPUT]
         if not patterns:
             return
-        checked_layers(model, patterns)
-        for module, name in module_names(model).items():
-            if module is not model and any(fnmatchcase(name, pattern) for pattern in patterns):
-                yield module, name, name in patterns
+        known = [name for names in _all_names(model).values() for name in names]
+        strange = [p for p in patterns if not isinstance(p, str) or not _matches(known, p)]
+        if strange:
+            checked_layers(model, strange)
+        for module, names in _all_names(model).items():
+            fitting = [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
+            if fitting:
+                written = [name for name in fitting if name in patterns]
+                yield module, (written or fitting)[0], bool(written)
 
 
-def _own_activations(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules without parameters that are none of torch's: what they compute is one function."""
-    for module in model.modules():
-        simple = not list(module.children()) and not list(module.parameters())
-        if simple and module is not model and not type(module).__module__.startswith("torch."):
-            yield module
+def _all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The submodules, each with all the names under which it is registered."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is not model:
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _matches(names: Sequence[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -134,7 +133,7 @@ class _Run(TorchFunctionMode):
         super().__init__()
         self.visit, self.activations = visit, activations
         self.depth = self.seen = 0
-        self.inside: list[int] = []
+        self.inside: list[OwnModule] = []
         self.twins = Twins()
 
     def input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -191,27 +190,52 @@ class _Run(TorchFunctionMode):
         return hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not (self.activations and func in _ACTIVATIONS and _is_tensor(args)):
-            return self.twins.run(func, args, kwargs)
-        self.seen += 1
+        kwargs = dict(kwargs or {})
+        values = args or (kwargs.get("input"),)
+        activation = self.activations and is_activation(func, values, kwargs)
+        self.seen += activation
         if self.inside:
+            return self._inside(self.inside[-1], func, args, kwargs, activation)
+        if not activation:
             return self.twins.run(func, args, kwargs)
+        args = args or (kwargs.pop("input"),)
         if func.__name__.endswith("_") or kwargs.get("inplace") or any(a is True for a in args[1:]):
             clean = func(args[0].clone(), *args[1:], **kwargs)
             self.twins.overwrite(args[0], self.visit(ACTIVATION, clean), clean)
             return args[0]
-        return self._visited(ACTIVATION, func(*args, **kwargs))
+        return self._activated(func(*args, **kwargs))
 
-    def enter(self, *_: Any) -> None:
+    def _inside(
+        self, own: OwnModule, func: Any, args: tuple, kwargs: dict, activation: bool
+    ) -> Any:
+        """Call a function inside of a module of the user's."""
+        args = own.arguments(args, func, self._activated)
+        kwargs = own.arguments(kwargs, func, self._activated)
+        depends = own.depends((args, kwargs))
+        result = self.twins.run(func, args, kwargs)
+        if activation or depends:
+            own.add(args[0] if result is None else result)
+        return result
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
         """A module of the user's begins, which may be an activation made of those of torch."""
-        self.inside.append(self.seen)
+        self.inside.append(OwnModule(module))
 
-    def leave(self, _: nn.Module, __: Any, output: Any) -> Any:
-        """Visit what it returns, if an activation was computed inside."""
-        before = self.inside.pop()
-        computed = self.seen > before and isinstance(output, Tensor) and output.is_floating_point()
-        return self._visited(ACTIVATION, output) if computed else output
+    def leave(self, module: nn.Module, _: Any, output: Any) -> Any:
+        """Visit what it returns that was computed from an activation inside."""
+        if not any(own.module is module for own in self.inside):
+            return None
+        while (own := self.inside.pop()).module is not module:
+            pass  # one that ended in an exception
+        if not own.depends(output):
+            return None
+        if self.inside:
+            self.inside[-1].add(output)
+            return None
+        return pytree.tree_map(lambda leaf: own.visited(leaf, self._activated), output)
+
+    def _activated(self, clean: Tensor) -> Tensor:
+        return self._visited(ACTIVATION, clean)
 
     def _visited(self, name: str, clean: Tensor) -> Tensor:
         """Visit a place, and remember what stood there in case that the model returns it."""
@@ -232,10 +256,6 @@ class _Run(TorchFunctionMode):
                 "layers=None expects activations of torch (nn.ReLU, F.gelu, torch.tanh, ...), and "
                 f"{type(model).__name__} has none; name the modules whose outputs get noise"
             )
-
-
-def _is_tensor(args: tuple) -> bool:
-    return bool(args) and isinstance(args[0], Tensor)
 
 
 def _kind(output: Any) -> str:
