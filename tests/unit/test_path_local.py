@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pushforward.path import local
+from pushforward.path import local, path_bound
 from pushforward.path.bound import _travel
 from pushforward.path.dense import exact_norms
 from pushforward.path.follow import log_spectral_by_ops
@@ -119,6 +119,10 @@ BOUNDED = {
     "normalised": (lambda x: F.normalize(x, dim=-1), 3.0),
     "broadcast sum": (lambda x: x + x.mean(-1, keepdim=True), 1.5),
     "largest of two": (lambda x: torch.maximum(x, x.roll(1, -1)), 1.5),
+    "smaller of a row and all": (lambda x: torch.minimum(x[:, :1], x.roll(1, 2)), 2.0),
+    "ties": (lambda x: torch.maximum(x @ W.T, (x @ W.T).clamp(min=-99)), 1.0001),
+    "ties everywhere": (lambda x: torch.maximum(x.tanh() * 0, x.sin() * 0 + x.cos() * 0), 1.6),
+    "ties with a skip": (lambda x: torch.minimum(x * 2, (x @ W.T @ W).relu() + x * 2), 4.0),
     "shares": (lambda x: torch.cat([a * 2 for a in x.split(2, dim=1)], dim=1), 1.5),
     "an unbound axis": (lambda x: torch.stack([a.sin() for a in x.unbind(1)]).mean(0), 3.0),
 }
@@ -234,6 +238,76 @@ def test_a_rule_that_fails_gives_no_bound(monkeypatch):
         compared(lambda x: x.cumsum(-1), 4, 6)
     monkeypatch.setattr(local, "TOLERATED", Exception)
     assert compared(lambda x: x.cumsum(-1), 4, 6) == (None, False)
+
+
+def test_ties_share_what_they_choose():
+    """Where both are equal each gets half: twice half of the same is the whole."""
+
+    def tied(x):
+        h = x @ W.T
+        return torch.maximum(h, F.relu(h) - F.relu(-h))
+
+    gap, _ = compared(tied, 4, 6)
+    assert (gap >= -1e-9).all()
+    path = path_bound(
+        Function(lambda x: (lambda h: torch.maximum(h, F.relu(h)))(F.avg_pool1d(x, 2))),
+        torch.rand(1, 1, 8192, generator=torch.Generator().manual_seed(0)).double(),
+        probes=4,
+        seed=0,
+        segment_passes=0,
+    )
+    assert path.layers[0].spectral_label == "certified"
+    assert path.layers[0].log_spectral.item() >= math.log(0.5) / 2 - 1e-12
+
+
+MANY = torch.zeros(4000, dtype=torch.long)
+COUNTED = {
+    "index": lambda x: x[:, MANY],
+    "index by two": lambda x: x[:, None].expand(-1, 2, -1)[:, MANY, MANY],
+    "index_select": lambda x: x.index_select(1, MANY),
+    "gather": lambda x: x.gather(1, MANY.expand(len(x), -1)),
+    "take": lambda x: x.take(MANY),
+    "expand": lambda x: x[:, :1].expand(-1, 4000),
+    "repeat": lambda x: x.repeat(1, 1000),
+    "nearest": lambda x: F.interpolate(x[:, None], size=8000),
+    "linear": lambda x: F.interpolate(x[:, None], size=8000, mode="linear"),
+    "maximum": lambda x: torch.maximum(x[:, :1], (x[:, 1:2] - 9).expand(-1, 4000)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", COUNTED)
+def test_counts_go_beyond_what_short_dtypes_can_count(name, dtype):
+    """Against the same function in float64, which has the same Jacobian."""
+    x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        found, truth = (self_bound(COUNTED[name], each) for each in (x, x.double()))
+    assert found is not None
+    assert (found >= truth - 1e-3).all()
+    assert (found <= truth + 0.5).all()
+
+
+def self_bound(function, x):
+    """The bound op by op; in float64 the norm itself."""
+    journey, _ = _travel(Function(function), x, None, None, thorough=True)
+    if x.dtype == torch.float64:
+        return exact_norms(journey.passes, journey.steps, 1).log_spectral
+    found = log_spectral_by_ops(journey.passes, journey.steps[0], 1)
+    return None if found is None else found.log
+
+
+def test_short_dtypes_in_ops_that_add_in_them_alone():
+    """Replication adds in bfloat16 and stops at 256; pooling stays far below."""
+    x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        assert self_bound(lambda x: F.pad(x[:, None], (500, 500), mode="replicate"), x) is None
+
+        def few(x):
+            return F.avg_pool2d(F.pad(x[:, None], (5, 5), mode="replicate"), (1, 3), 1)
+
+        assert self_bound(few, x) >= self_bound(few, x.double())
+        dead = torch.zeros(1, 1, dtype=torch.bfloat16)
+        assert self_bound(lambda x: x.expand(1, 3) * 0, dead) == -torch.inf
 
 
 def test_long_functions_are_not_followed(monkeypatch):

@@ -139,7 +139,8 @@ class _Walk:
         return None
 
 
-# Ops with rows of their own for each input, or that choose one of their inputs for each row.
+# Ops with rows of their own for each input, or that choose one of their inputs for each row; the
+# rules of the last two are such that it holds for ties as well.
 DISJOINT = frozenset({"Cat", "Stack", "Where", "Maximum", "Minimum"})
 
 

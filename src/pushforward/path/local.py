@@ -82,8 +82,42 @@ class Op:
 
     def sum_of(self, number: int) -> Tensor:
         """The same for one input; zeros where it has no gradient."""
-        found = self.sums[number]
-        return torch.zeros(self.shape(number), device=self.device) if found is None else found
+        return self._at(number, self.sums[number])
+
+    def _at(self, number: int, found: Tensor | None) -> Tensor:
+        """Zeros for no gradient; the node leaves it to the engine to add up what was broadcast."""
+        shape = self.shape(number)
+        if found is None:
+            return torch.zeros(shape, device=self.device)
+        return found if found.shape == shape else found.double().sum_to_size(shape)
+
+    def counts(self, number: int) -> Tensor:
+        """`sum_of` where many rows may add up at one input, which short dtypes cannot do.
+
+        Raises:
+            RuntimeError: an op adds in its own dtype alone, and there are too many.
+        """
+        if self._dtype.itemsize >= 4:
+            return self.sum_of(number)
+        if self.kind in COUNTERS:
+            return COUNTERS[self.kind](self, number)
+        return self._at(number, self._wide_sums[number])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return dtype_of(self.output)
+
+    @cached_property
+    def _wide_sums(self) -> tuple[Tensor | None, ...]:
+        ones = (self._full(number, 1.0).float() for number in range(self.outputs))
+        try:
+            return self.pulled(*ones)
+        except RuntimeError:  # an op that insists on its own dtype
+            epsilon = torch.finfo(self._dtype).eps
+            if any(sums is not None and bool((sums >= 1 / epsilon).any()) for sums in self.sums):
+                raise
+            rounded = 1 + 8 * epsilon
+            return tuple(sums if sums is None else sums.float() * rounded for sums in self.sums)
 
     def most(self, values: Tensor, edge: GradientEdge | None = None, exact: bool = True) -> Bound:
         """The largest for each sample; exact where samples can be told apart."""
@@ -162,7 +196,16 @@ def _pointwise(op: Op, number: int) -> Bound | None:
     return op.most(op.sum_of(number).abs()) if op.same_shape(number) else None
 
 
-@rule("Add", "Sub", "Rsub", "Where", "Maximum", "Minimum")
+@rule("Maximum", "Minimum")
+def _larger(op: Op, number: int) -> Bound | None:
+    """J = D_a A + D_b B with D_a + D_b = I, where a tie gives half to each: as squares are convex,
+    ||J||^2 <= ||D_a^(1/2) A||^2 + ||D_b^(1/2) B||^2. These are the squares that meet."""
+    if len(op.inputs) == 1 and op.same_shape(number):
+        return _pointwise(op, number)
+    return op.most(op.counts(number).sqrt(), op.inputs[number], exact=False)
+
+
+@rule("Add", "Sub", "Rsub", "Where")
 def _added(op: Op, number: int) -> Bound | None:
     """Entries of one size at most; an input that is broadcast meets several outputs."""
     if op.same_shape(number):
@@ -213,7 +256,7 @@ def _columns(op: Op, number: int, factor: Tensor) -> Bound:
     *("Amax", "Amin", "Max", "Min"),
 )
 def _picked(op: Op, number: int) -> Bound:
-    return op.most(op.sum_of(number).sqrt(), op.inputs[number])
+    return op.most(op.counts(number).sqrt(), op.inputs[number])
 
 
 @rule(
@@ -222,7 +265,7 @@ def _picked(op: Op, number: int) -> Bound:
     "UpsampleBilinear2DAa",
 )
 def _averaged(op: Op, number: int) -> Bound:
-    return op.most(op.sum_of(number).clamp(min=0).sqrt(), op.inputs[number], exact=False)
+    return op.most(op.counts(number).clamp(min=0).sqrt(), op.inputs[number], exact=False)
 
 
 @rule("AvgPool2D", "AvgPool3D")
@@ -398,6 +441,24 @@ def _log_softmax(op: Op, number: int) -> Bound:
     if size < 2:
         return op.same(-math.inf)
     return op.most(math.sqrt(size) * p.norm(dim=dim, keepdim=True))
+
+
+# Sums of rows that autograd makes in the dtype of the input
+
+
+def _indexed(op: Op, number: int) -> Tensor:
+    counts = torch.zeros(op.shape(number), dtype=torch.float64, device=op.device)
+    one = torch.ones((), dtype=torch.float64, device=op.device)
+    return torch.ops.aten.index_put(counts, list(op.saved("indices")), one, True)
+
+
+def _taken(op: Op, number: int) -> Tensor:
+    counts = torch.zeros(op.shape(number), dtype=torch.float64, device=op.device)
+    index = op.saved("index")
+    return counts.put_(index, torch.ones_like(index, dtype=torch.float64), accumulate=True)
+
+
+COUNTERS: dict[str, Callable[[Op, int], Tensor]] = {"Index": _indexed, "Take": _taken}
 
 
 # Ops without a rule
