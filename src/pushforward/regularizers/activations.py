@@ -31,7 +31,7 @@ _LAYERS = (
         "vdot",
     ),
     *("inner", "addmm", "addmm_", "addbmm", "addbmm_", "baddbmm", "baddbmm_", "addmv", "addmv_"),
-    *("einsum", "tensordot", "chain_matmul", "multi_head_attention_forward", "vecdot"),
+    *("einsum", "tensordot", "chain_matmul", "multi_head_attention_forward"),
     *("scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell"),
     *("gru_cell", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"),
     *("conv_transpose3d", "convolution"),
@@ -39,7 +39,7 @@ _LAYERS = (
 
 
 def _functions(names: tuple[str, ...]) -> frozenset[Callable]:
-    homes = F, torch, Tensor, torch.special, torch.linalg, torch._VF
+    homes = F, torch, Tensor, torch.special, torch.linalg
     return frozenset(getattr(home, n) for home in homes for n in names if hasattr(home, n))
 
 
