@@ -501,14 +501,63 @@ def test_a_write_that_nobody_saw_keeps_the_noise():
     torch.testing.assert_close(noisy, model(x))
 
 
-def test_random_writes_are_not_repeated():
+@pytest.mark.parametrize("how", [torch.inference_mode, torch.enable_grad])
+def test_random_writes_are_not_repeated(how: Callable[[], AbstractContextManager]):
     model, (x, _) = Ending(lambda z: F.dropout(z.sigmoid(), 0.5, inplace=True)), batch()
     torch.manual_seed(0)
     expected, state = model(x), torch.get_rng_state()
     torch.manual_seed(0)
-    with GaussianNoise(model, 0.0, seed=0):
+    with how(), GaussianNoise(model, 0.0, seed=0):
         torch.testing.assert_close(model(x), expected)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Slicing(nn.Module):
+    """Returns a view with gaps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, ::2]
+
+
+def test_a_view_with_gaps_that_is_written_to():
+    model = nn.Sequential(nn.Linear(4, 6), Slicing()).double()
+    holder, (x, _) = Holding(model), batch()
+    expected = holder(x)
+    with GaussianNoise(holder, {"net.0": 0.0, "net*": 1.0}):
+        torch.testing.assert_close(holder(x), expected)
+
+
+class Holding(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        y += 1
+        return y.contiguous().view(-1, 3, 1)
+
+
+def test_several_are_written_to_at_once():
+    def end(z: Tensor) -> Tensor:
+        one, other = z.sigmoid(), z.tanh()
+        torch._foreach_add_([one, other], 1.0)
+        return torch.cat([one, other], 1)
+
+    def beside(z: Tensor) -> Tensor:
+        one, other = z.sigmoid(), torch.zeros_like(z)
+        torch._foreach_add_([one, other], 1.0)
+        return torch.cat([one, other], 1)
+
+    x, _ = batch()
+    model = Ending(end)
+    with GaussianNoise(model, 0.3, seed=0):
+        noisy = model(x)
+    torch.testing.assert_close(noisy, model.end(model.b(model.hidden)))
+    model = Ending(beside)
+    expected = model(x)
+    with GaussianNoise(model, 0.0):
+        torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("end", ["permuted", "add", "set", "through a view", "in place on a view"])

@@ -75,7 +75,7 @@ class Twins:
     def note(self, noisy: Tensor, clean: Tensor) -> None:
         """Remember what stood in a place."""
         known = self.of(clean)
-        root = clean if known is None else known
+        root = _dense(clean if known is None else known)
         self._enter(noisy, root, _Memory(root, _version(noisy)))
 
     def of(self, tensor: Tensor) -> Tensor | None:
@@ -118,10 +118,7 @@ class Twins:
             twin = self._view_of(base, target)
         target.copy_(noisy)
         if twin is not None:
-            self._repeat(
-                [twin.memory], {id(target): twin}, lambda exchange: exchange[0].copy_(clean)
-            )
-            twin.memory.version = _version(target)
+            self._repeat([twin.memory], {id(target): twin}, lambda views: views[0].copy_(clean))
 
     def _view_of(self, base: Any, target: Tensor) -> _Twin | None:
         """A twin for a view, and for what it is a view of."""
@@ -152,7 +149,8 @@ class Twins:
                 continue
             source = next((s for s in sources if _share(s, noisy)), None)
             if source is None:
-                self._enter(noisy, twin, _Memory(twin, _version(noisy)))
+                root = _dense(twin)
+                self._enter(noisy, root, _Memory(root, _version(noisy)))
                 continue
             memory = self._table[id(source)].memory
             if _share(memory.root, twin):
@@ -167,10 +165,11 @@ class Twins:
         twins: dict[int, _Twin],
     ) -> None:
         """Repeat a write for the twins, unless that would write to something else once more."""
+        memories = list({id(t.memory): t.memory for t in written if t is not None}.values())
         random = any(part in getattr(func, "__name__", "") for part in _RANDOM)
         if random or any(twin is None for twin in written):
+            self._forget(memories)
             return
-        memories = list({id(t.memory): t.memory for t in written if t is not None}.values())
         # What is written from is used, with its noise; what is written to is its twin.
         targets = {key: twin for key, twin in twins.items() if twin.memory in memories}
 
@@ -178,28 +177,33 @@ class Twins:
             by_key = dict(zip(targets, exchange, strict=True))
             func(*_replaced(args, by_key), **_replaced(kwargs, by_key))
 
-        if self._repeat(memories, targets, repeat):
-            for twin in targets.values():
-                twin.memory.version = _version(twin.reference())
+        self._repeat(memories, targets, repeat)
 
     def _repeat(
         self,
         memories: Sequence[_Memory],
         targets: dict[int, _Twin],
         write: Callable[[Sequence[Tensor]], Any],
-    ) -> bool:
+    ) -> None:
         """Write to copies of the roots, so that nothing saved for gradients is lost."""
         fresh = {id(memory): memory.root.clone() for memory in memories}
         if not all(_same_layout(memory.root, fresh[id(memory)]) for memory in memories):
-            return False
+            self._forget(memories)
+            return
         views = {key: _repeated(twin, fresh[id(twin.memory)]) for key, twin in targets.items()}
         write(list(views.values()))
-        for key, twin in self._table.items():
+        for key, twin in list(self._table.items()):
             if id(twin.memory) in fresh:
                 twin.clean = views.get(key, _repeated(twin, fresh[id(twin.memory)]))
+        for twin in targets.values():
+            twin.memory.version = _version(twin.reference())
         for memory in memories:
             memory.root = fresh[id(memory)]
-        return True
+
+    def _forget(self, memories: Sequence[_Memory]) -> None:
+        for key, twin in list(self._table.items()):
+            if twin.memory in memories:
+                self._table.pop(key, None)
 
 
 def _version(tensor: Any) -> int:
@@ -214,6 +218,11 @@ def _target(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if in_place or kwargs.get("inplace"):
         return args[0] if args else kwargs.get("input")
     return kwargs.get("out")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The same numbers without gaps, so that a copy of them has the same layout."""
+    return tensor if tensor.is_contiguous() else tensor.clone()
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
