@@ -12,7 +12,7 @@ from torch import Tensor
 from pushforward.path import rungs as ladder
 from pushforward.path.dense import Norms
 from pushforward.path.findings import Layer
-from pushforward.path.groups import Groups
+from pushforward.path.groups import Groups, without_underflow
 from pushforward.path.norms import CERTIFIED, ESTIMATE, PROBABLE, PROBES, StepNorm
 from pushforward.path.spectra import Spectrum
 
@@ -127,7 +127,8 @@ def _spectral(measured: Measured) -> Tensor:
 
 
 def _segments(measured: Measured) -> Tensor:
-    return ladder.log_segments(_singles(measured), measured.groups)
+    singles = _singles(measured)
+    return ladder.log_segments(singles, without_underflow(measured.groups, singles))
 
 
 def _singles(measured: Measured) -> list[Norms]:

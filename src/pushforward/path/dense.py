@@ -13,6 +13,7 @@ from pushforward.errors import DifferentiationError
 from pushforward.path.gains import refuse_infinite, scaled_down
 from pushforward.path.pull import PUSH_COST, Passes, blocks, sample_norms, unit_vectors
 from pushforward.path.record import Crossing
+from pushforward.path.rescue import is_tiny, pulled_safely, scaled_by
 from pushforward.path.spectrum import gram, log_root
 from pushforward.path.steps import Step
 
@@ -64,7 +65,8 @@ def _rows(passes: Passes, steps: Sequence[Step], samples: int) -> tuple[Tensor, 
     scale = torch.zeros(samples, dtype=torch.float64, device=stop.device)
     rows = unit_vectors(stop, samples, 0, width(stop, samples))
     for step in reversed(steps):
-        rows = _by_blocks(passes, step, rows)
+        rows, lost = _by_blocks(passes, step, rows, samples)
+        scale = scale + lost
         norms = sample_norms(rows, samples)
         refuse_infinite(norms.log(), step)
         rows, powers = scaled_down(rows, norms, samples)
@@ -72,10 +74,14 @@ def _rows(passes: Passes, steps: Sequence[Step], samples: int) -> tuple[Tensor, 
     return rows.reshape(len(rows), samples, -1), scale
 
 
-def _by_blocks(passes: Passes, step: Step, rows: Tensor) -> Tensor:
+def _by_blocks(passes: Passes, step: Step, rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Rows before the step, and the logarithm of a factor for each sample."""
     spans = blocks(len(rows), step.start, step.stop)
-    parts = [passes.pull(step.stop, step.start, rows[first:last]) for first, last in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = [pulled_safely(passes, step, rows[first:last], samples) for first, last in spans]
+    if len(parts) == 1:
+        return parts[0]
+    most = torch.stack([lost for _, lost in parts]).amax(dim=0)
+    return torch.cat([scaled_by(part, lost - most, samples) for part, lost in parts]), most
 
 
 def _columns(passes: Passes, step: Step, samples: int) -> Tensor | None:
@@ -90,7 +96,9 @@ def _columns(passes: Passes, step: Step, samples: int) -> Tensor | None:
         ]
     except (RuntimeError, DifferentiationError):
         return None
-    return torch.cat(parts)
+    columns = torch.cat(parts)
+    tiny = is_tiny(sample_norms(columns, samples), step.stop.dtype)
+    return None if bool(tiny.any()) else columns  # rows are looked at more closely
 
 
 def _norms(entries: Tensor, scale: Tensor) -> Norms:

@@ -15,6 +15,7 @@ from pushforward.path.cuts import between
 from pushforward.path.local import MOVES, POINTWISE, Bound, Op, bound_of, kind_of, signed
 from pushforward.path.places import Samples, dtype_of, place_of, shape_of
 from pushforward.path.pull import Passes
+from pushforward.path.rescue import is_tiny
 from pushforward.path.steps import Step
 
 # Beyond that, so many layouts and local norms take longer than they tell.
@@ -91,7 +92,8 @@ class _Walk:
         self.roots[node] = root
         if list(self.inputs[node].values()) == [root]:
             return found
-        return _less(found, self._collapsed(node, root))
+        collapsed = self._collapsed(node, root)
+        return found if collapsed is None else _less(found, collapsed)
 
     def _by_ops(self, node: Node) -> Reach | None:
         special = self._normalised(node)
@@ -118,15 +120,19 @@ class _Walk:
         shapes = {shape_of(edge) for edge in edges} | {shape_of(GradientEdge(node, 0))}
         return roots.pop() if len(roots) == 1 and len(shapes) == 1 else None
 
-    def _collapsed(self, node: Node, root: GradientEdge) -> Reach:
-        """One diagonal for all elementwise ops since the root."""
+    def _collapsed(self, node: Node, root: GradientEdge) -> Reach | None:
+        """One diagonal for all elementwise ops since the root; None where it may have become too
+        small for its dtype."""
         stop = place_of(GradientEdge(node, 0), self.step.stop.device)
         start = place_of(root, self.step.stop.device)
         ones = torch.ones(1, *stop.shape, dtype=stop.dtype, device=stop.device)
         diagonal = self.passes.pull(stop, start, ones)[0].abs()
         before = self.reach[root.node]
+        largest = self.samples.most(diagonal, root)
         exact = before.rigid and self.samples.tells_apart(root)
-        return Reach(before.log + self.samples.most(diagonal, root).log(), exact)
+        if bool(is_tiny(largest, stop.dtype).any()):
+            return None
+        return Reach(before.log + largest.log(), exact)
 
     def _normalised(self, node: Node) -> Reach | None:
         """x times rsqrt(mean(x^2) + c): at most that factor, where ops would say twice as much."""

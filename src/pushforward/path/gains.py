@@ -12,6 +12,7 @@ from torch import Tensor
 from pushforward.errors import DifferentiationError
 from pushforward.path.pull import Passes, blocks, sample_norms, unit_vectors
 from pushforward.path.record import Crossing
+from pushforward.path.rescue import pulled_safely
 from pushforward.path.samples import Known, orthonormal
 from pushforward.path.spectra import MOST_ROWS, Spectrum, joined, spectrum
 from pushforward.path.steps import Step
@@ -141,7 +142,8 @@ def followed(
     scale = torch.zeros(samples, dtype=torch.float64, device=rows.device)
     logs = []
     for step in reversed(steps):
-        rows = passes.pull(step.stop, step.start, rows)
+        rows, lost = pulled_safely(passes, step, rows, samples)
+        scale = scale + lost
         norms = sample_norms(rows, samples)
         refuse_infinite(norms.log(), step)
         logs.append(scale + norms.log())

@@ -43,6 +43,18 @@ def exact_groups(passes: Passes, steps: Sequence[Step], samples: int, budget: fl
     return groups
 
 
+def without_underflow(groups: Groups, singles: Sequence[Norms]) -> Groups:
+    """Leave out groups of norm zero whose steps are not zero: the product may have been too small
+    for its dtype."""
+
+    def trusted(first: int, last: int, found: Norms) -> bool:
+        zeros = [norms.log_spectral == -torch.inf for norms in singles[first:last]]
+        explained = torch.stack(zeros).any(dim=0)
+        return bool((explained | (found.log_fro > -torch.inf)).all())
+
+    return {span: found for span, found in groups.items() if trusted(*span, found)}
+
+
 def _turn(group: _Group) -> tuple[int, int, int]:
     """Cheap groups first, then short ones, then those near the input."""
     return group.cost, group.last - group.first, group.first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from pushforward.path.follow import Reach, log_spectral_by_ops
 from pushforward.path.lanczos import log_probable
 from pushforward.path.leaves import Leaf, log_norm_of_leaf
 from pushforward.path.pull import PUSH_COST, Passes, blocks, sample_norms, unit_vectors
+from pushforward.path.rescue import is_tiny, pulled_safely
 from pushforward.path.steps import Step
 
 PROBES = 64
@@ -54,7 +56,8 @@ def step_norm(
     by_ops = log_spectral_by_ops(passes, step, samples)
     if (by_ops is None or not by_ops.exact) and _may_be_dense(step, samples, spending.passes):
         norms = exact_norms(passes, [step], samples)
-        return StepNorm(norms.log_fro, True, norms.log_spectral, norms.log_fro)
+        whole = StepNorm(norms.log_fro, True, norms.log_spectral, norms.log_fro)
+        return _without_underflow(whole, step, samples, by_ops)
     fro = log_norm(passes, step, samples, spending.passes, generator)
     return _with_spectral(passes, step, samples, fro, by_ops, spending, generator)
 
@@ -80,13 +83,38 @@ def _with_spectral(
     label = CERTIFIED
     if spending.delta > 0 and not (by_ops is not None and by_ops.exact):
         found = log_probable(passes, step, samples, spending.delta, generator)
+        if found is not None and bool((found == -torch.inf).any()):
+            found = None  # a product that was too small, or one that the ops explain
         if found is not None and (log is None or bool((found < log).any())):
             log, label = found if log is None else torch.minimum(log, found), PROBABLE
     if log is None:
         return replace(fro, log_spectral=fro.log_fro, log_fro_bound=fro.log_fro, label=ESTIMATE)
+    bound = fro.log_fro if fro.exact else log + _half_log_rank(step, samples)
+    found = replace(fro, log_spectral=log, log_fro_bound=bound, label=label)
+    return _without_underflow(found, step, samples, by_ops)
+
+
+def _half_log_rank(step: Step, samples: int) -> float:
     narrow = min(width(step.start, samples), width(step.stop, samples))
-    bound = fro.log_fro if fro.exact else log + math.log(max(1, narrow)) / 2
-    return replace(fro, log_spectral=log, log_fro_bound=bound, label=label)
+    return math.log(max(1, narrow)) / 2
+
+
+def _without_underflow(norm: StepNorm, step: Step, samples: int, by_ops: Reach | None) -> StepNorm:
+    """A zero that the ops do not explain may be a product that was too small for its dtype: their
+    bound takes its place, and the Frobenius norm counts as an estimate."""
+    zero = norm.log_fro == -torch.inf
+    if by_ops is not None:
+        zero = zero & (by_ops.log > -torch.inf)
+    if not bool(zero.any()):
+        return norm
+    if by_ops is None:
+        wide = step.start.dtype.itemsize >= 8
+        return norm if wide else replace(norm, exact=False, label=ESTIMATE)
+    assert norm.log_spectral is not None
+    assert norm.log_fro_bound is not None
+    spectral = torch.where(zero, by_ops.log, norm.log_spectral)
+    bound = torch.where(zero, by_ops.log + _half_log_rank(step, samples), norm.log_fro_bound)
+    return replace(norm, exact=False, log_spectral=spectral, log_fro_bound=bound)
 
 
 def log_norm(
@@ -120,13 +148,18 @@ def _log_norm_of_any(
 
 
 def _by_rows(passes: Passes, step: Step, samples: int) -> Tensor:
-    squares = _nothing(step, samples)
     count = math.prod(step.stop.shape) // samples
-    for first, last in blocks(count, step.start, step.stop):
-        seeds = unit_vectors(step.stop, samples, first, last)
-        rows = passes.pull(step.stop, step.start, seeds)
-        squares += sample_norms(rows, samples).square()
-    return squares.log() / 2
+    spans = blocks(count, step.start, step.stop)
+    seeds = (unit_vectors(step.stop, samples, first, last) for first, last in spans)
+    return _log_norm_of_rows(passes, step, samples, seeds)
+
+
+def _log_norm_of_rows(passes: Passes, step: Step, samples: int, seeds: Iterable[Tensor]) -> Tensor:
+    total = torch.full_like(_nothing(step, samples), -torch.inf)
+    for each in seeds:
+        rows, lost = pulled_safely(passes, step, each, samples)
+        total = torch.logaddexp(total, 2 * (lost + sample_norms(rows, samples).log()))
+    return total / 2
 
 
 def _by_columns(passes: Passes, step: Step, samples: int) -> Tensor | None:
@@ -140,18 +173,20 @@ def _by_columns(passes: Passes, step: Step, samples: int) -> Tensor | None:
             squares += sample_norms(push(seeds), samples).square()
     except (RuntimeError, DifferentiationError):
         return None
-    return squares.log() / 2
+    tiny = is_tiny(squares.sqrt(), step.stop.dtype)
+    return None if bool(tiny.any()) else squares.log() / 2  # rows are looked at more closely
 
 
 def _estimated(passes: Passes, step: Step, samples: int, generator: torch.Generator) -> Tensor:
     """E |J^T u|^2 = ||J||_F^2 for random signs u; the mean over `PROBES` of them."""
-    squares = _nothing(step, samples)
-    for first, last in blocks(PROBES, step.start, step.stop):
-        shape = (last - first, *step.stop.shape)
-        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
-        seeds = signs.to(step.stop.device, step.stop.dtype)
-        squares += sample_norms(passes.pull(step.stop, step.start, seeds), samples).square()
-    return (squares / PROBES).log() / 2
+
+    def signs() -> Iterator[Tensor]:
+        for first, last in blocks(PROBES, step.start, step.stop):
+            shape = (last - first, *step.stop.shape)
+            drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
+            yield drawn.to(step.stop.device, step.stop.dtype)
+
+    return _log_norm_of_rows(passes, step, samples, signs()) - math.log(PROBES) / 2
 
 
 def _nothing(step: Step, samples: int) -> Tensor:
