@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nets import NETS, resnet20
 from oracles import loop_jacobian
-from pushforward.errors import CouplingError, InputError
+from pushforward.errors import CouplingError, DifferentiationError, InputError, ShapeError
 from pushforward.path import dense, lanczos, local, path_bound, rungs
 from pushforward.path.bound import _travel
 from pushforward.path.dense import Norms
@@ -400,7 +401,56 @@ def test_budgets_out_of_range(name):
         path_bound(nn.Linear(2, 2), torch.zeros(1, 2), **{name: -1})
 
 
-@pytest.mark.parametrize("delta", [-0.1, 1.0, math.nan])
+@pytest.mark.parametrize("delta", [-0.1, 1.0, math.nan, None, "small", True])
 def test_probabilities_out_of_range(delta):
     with pytest.raises(InputError, match="delta expects a probability from 0 to below 1"):
         path_bound(nn.Linear(2, 2), torch.zeros(1, 2), delta=delta)
+
+
+@pytest.mark.parametrize("name", ["exact_passes", "segment_passes"])
+@pytest.mark.parametrize("budget", ["many", None, math.nan, True])
+def test_budgets_that_are_no_numbers(name, budget):
+    message = f"{name} expects a number of passes, 0 or more, got {budget!r}"
+    with pytest.raises(InputError, match=message):
+        path_bound(nn.Linear(2, 2), torch.zeros(1, 2), **{name: budget})
+
+
+@pytest.mark.parametrize("wanted", [None, 3, ["frobenius", None]])
+def test_rungs_that_are_no_names(wanted):
+    with pytest.raises(InputError, match=r"rungs expects names among frobenius.*\(\) computes"):
+        path_bound(nn.Linear(2, 2), torch.zeros(1, 2), rungs=wanted)
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, True, 2**64, -(2**63) - 1])
+def test_seeds_that_are_no_whole_numbers(seed):
+    with pytest.raises(InputError, match="seed expects a whole number of 64 bits, got"):
+        path_bound(nn.Linear(2, 2), torch.zeros(1, 2), seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**64 - 1])
+def test_seeds_of_64_bits(seed):
+    assert path_bound(nn.Linear(2, 2), torch.zeros(1, 2), probes=1, seed=seed).seed == seed
+
+
+def test_models_without_outputs():
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return x[:, :0]
+
+    with pytest.raises(ShapeError, match=r"expects a model with outputs, got \(2, 0\)"):
+        path_bound(Nothing(), torch.zeros(2, 3))
+
+
+def test_reentrant_checkpoints_say_what_to_do():
+    class Saving(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.layer, self.reentrant = nn.Linear(3, 3), reentrant
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+    for samples, wanted in ((1, ()), (2, ()), (1, "mixed"), (2, "mixed")):
+        with pytest.raises(DifferentiationError, match="with use_reentrant=False"):
+            path_bound(Saving(True), torch.randn(samples, 3), rungs=wanted)
+    assert path_bound(Saving(False), torch.randn(2, 3)).log_norm.isfinite().all()

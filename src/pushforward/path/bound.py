@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -149,10 +150,11 @@ def path_bound(
 
     Raises:
         InputError: ``model`` is not a module, a pattern in ``layers`` matches nothing, a rung is
-            unknown, ``probes``, ``delta`` or a budget is out of range.
-        ShapeError: ``x`` is empty.
+            unknown, ``probes``, ``delta``, ``seed`` or a budget is out of range.
+        ShapeError: ``x`` or the output is empty.
         CouplingError: samples of the batch influence each other.
-        DifferentiationError: a step has a Jacobian that is not finite.
+        DifferentiationError: a step has a Jacobian that is not finite, or is a reentrant
+            checkpoint.
 
     The gains follow from the chain rule; the bounds from ||A B||_F <= ||A||_F ||B||_2 and
     ||A||_F^2 <= rank(A) ||A||_2^2 (Horn and Johnson, "Matrix Analysis", section 5.6).
@@ -170,7 +172,7 @@ def path_bound(
     wanted = checked_rungs(rungs)
     limits = _limits(exact_passes, segment_passes, delta)
     patterns, probes = checked_layers(model, layers), checked_probes(probes)
-    chosen = secrets.randbits(32) if seed is None else int(seed)
+    chosen = _checked_seed(seed)
     generator = torch.Generator().manual_seed(chosen)
     with torch.inference_mode(False), torch.no_grad():
         journey, notes = _travel(model, x, batch_dim, patterns, bool(wanted))
@@ -206,6 +208,7 @@ def _travel(
     """Evaluate a model once and cut it into steps."""
     with recorded_calls(model) as calls:
         tape = record(model, Arguments.of((x,), 0, batch_dim), batch_dim)
+    _refuse_no_outputs(tape)
     start, output = Crossing.of(tape.inputs[0]), _end(tape)
     passes = Passes(batched=tape.census.vmappable)
     marks = borders(calls, cuts(output.node, start.node), patterns)
@@ -364,14 +367,37 @@ class _Limits:
 def _limits(exact_passes: float, segment_passes: float, delta: float) -> _Limits:
     """Return the budgets, none of which is negative, and a probability."""
     for name, budget in (("exact_passes", exact_passes), ("segment_passes", segment_passes)):
-        if not budget >= 0:
+        if not (_is_number(budget) and budget >= 0):
             raise InputError(f"{name} expects a number of passes, 0 or more, got {budget!r}")
-    if not 0 <= delta < 1:
+    if not (_is_number(delta) and 0 <= delta < 1):
         raise InputError(
             f"delta expects a probability from 0 to below 1, got {delta!r}; 0 leaves the rungs "
             "certified, 0.01 lets them fail in one of a hundred calls"
         )
     return _Limits(exact_passes, segment_passes, delta)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _checked_seed(seed: int | None) -> int:
+    """Return the seed, or a fresh one where none is given."""
+    if seed is None:
+        return secrets.randbits(32)
+    if isinstance(seed, Integral) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64:
+        return int(seed)
+    raise InputError(
+        f"seed expects a whole number of 64 bits, got {seed!r}; None takes a fresh one"
+    )
+
+
+def _refuse_no_outputs(tape: Tape) -> None:
+    if not any(output.numel() for output in tape.outputs):
+        shapes = ", ".join(str(tuple(output.shape)) for output in tape.outputs) or "no tensor"
+        raise ShapeError(
+            f"path_bound expects a model with outputs, got {shapes}; there is no Jacobian to bound"
+        )
 
 
 def _check(model: nn.Module, x: Tensor, batch_dim: int | None) -> None:
@@ -394,8 +420,13 @@ def _check(model: nn.Module, x: Tensor, batch_dim: int | None) -> None:
 
 def checked_rungs(rungs: str | Sequence[str]) -> tuple[str, ...]:
     """Return the names of the rungs, each once."""
-    wanted = (rungs,) if isinstance(rungs, str) else tuple(rungs)
     known = (*RUNGS, "sampled")
+    if not isinstance(rungs, Iterable):
+        raise InputError(
+            f"rungs expects names among {', '.join(known)}, got {rungs!r}; () computes the gains "
+            "alone"
+        )
+    wanted = (rungs,) if isinstance(rungs, str) else tuple(rungs)
     for name in wanted:
         if name not in known:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from pushforward.errors import DifferentiationError
 from pushforward.path.record import Crossing
 from pushforward.purity import quiet_vmap
+from pushforward.tape import explained
 
 Source = Tensor | GradientEdge
 
@@ -116,7 +118,8 @@ class Passes:
                 return [_whole(torch.cat, pieces) for pieces in zip(*parts, strict=True)]
             except RuntimeError:
                 self.batched = False
-        each = [one(seed) for seed in seeds]
+        with _plain_gradients():
+            each = [one(seed) for seed in seeds]
         return [_whole(torch.stack, pieces) for pieces in zip(*each, strict=True)]
 
     def rows_per_pass(self, *shapes: Sequence[int], like: Tensor) -> int:
@@ -124,6 +127,17 @@ class Passes:
         row = max(math.prod(shape) for shape in shapes) * like.dtype.itemsize
         size = CACHE_BYTES.get(like.device.type, ELSEWHERE_BYTES) // max(1, row)
         return size if self.batched and size >= FEW else 1
+
+
+@contextmanager
+def _plain_gradients() -> Iterator[None]:
+    """Say what to do about a reentrant checkpoint, which has no gradients of single tensors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise explained(error) from error
 
 
 def _whole(join: Callable[..., Tensor], pieces: Sequence[Tensor]) -> Tensor:
