@@ -140,6 +140,33 @@ def test_labels_stand_beside_the_numbers(model):
     assert path.plot().axes[2].patches[1].get_hatch()
 
 
+def test_bounds_are_held_against_an_estimate_where_that_is_all(model):
+    path = path_bound(model, torch.randn(4, 3).double(), probes=3, seed=0)
+    text = path.table()
+    assert "the truth" not in text
+    assert "decades above the estimate" in text or "decades below the estimate" in text
+    estimate, level = (
+        n.mean().item() / math.log(10) for n in (path.log_norm, path.rungs["segments"])
+    )
+    assert path.verdict() == (
+        f"‖J‖_F is about 10^{estimate:.2f}, an estimate; the segments rung proves that it is at "
+        f"most 10^{level:.2f}"
+    )
+    assert "estimate (line)" in path.plot().axes[2].get_title()
+
+
+def test_an_estimate_may_be_above_a_bound():
+    """Of a matrix of rank one the estimate spreads widely: both sides occur."""
+    model = nn.Linear(1, 1, bias=False).double()
+    sides = set()
+    for seed in range(12):
+        path = path_bound(model, torch.ones(1, 1).double(), probes=1, seed=seed, rungs="frobenius")
+        side = "below" if path.rungs["frobenius"] < path.log_norm else "above"
+        assert f"decades {side} the estimate" in path.table()
+        sides.add(side)
+    assert sides == {"above", "below"}
+
+
 def test_estimated_gains_say_so(model):
     path = path_bound(model, torch.randn(4, 3).double(), rungs=(), probes=3, seed=0)
     assert "gains are estimates; 95 % of the time log ‖J‖_F is in [" in path.table()

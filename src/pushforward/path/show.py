@@ -112,8 +112,14 @@ def _gap(path: Findings, name: str) -> str:
     truth, bound = mean(path.log_norm), mean(path.rungs[name])
     if math.isinf(truth):
         return f"{name}: {kind}; the Jacobian is zero for at least one sample"
-    side = "below" if path.labels[name] == "lower bound" else "above"
-    return f"{name}: {kind}, {abs(bound - truth) / DECADE:.2f} decades {side} the truth"
+    below = path.labels[name] == "lower bound" or bound < truth
+    side = "below" if below else "above"
+    return f"{name}: {kind}, {abs(bound - truth) / DECADE:.2f} decades {side} the {_line(path)}"
+
+
+def _line(path: Findings) -> str:
+    """What the bounds are held against."""
+    return "truth" if path.interval is None else "estimate"
 
 
 KINDS = {
@@ -155,6 +161,10 @@ def verdict(path: Findings) -> str | None:
     best = min(certified, key=lambda name: mean(path.rungs[name]))
     gap = (mean(path.rungs[best]) - truth) / DECADE
     size = f"‖J‖_F is 10^{truth / DECADE:.2f}"
+    if path.interval is not None:
+        size = f"‖J‖_F is about 10^{truth / DECADE:.2f}"
+        level = f"10^{mean(path.rungs[best]) / DECADE:.2f}"
+        return f"{size}, an estimate; the {best} rung proves that it is at most {level}"
     if gap < TIGHT:
         return f"{size}, and the {best} rung proves it"
     beside = f"all that the {best} rung says is at most 10^{(truth / DECADE) + gap:.2f}"
@@ -294,7 +304,7 @@ def _draw_bound(axes: Any, path: Findings) -> None:
         truth.append(level)
     exact = all(row.exact for row in path.layers)
     kind = "product of Frobenius norms" if exact else "product of Frobenius norms (estimate)"
-    axes.plot(places, truth[::-1], color="#264653", marker="o", markersize=3, label="truth")
+    axes.plot(places, truth[::-1], color="#264653", marker="o", markersize=3, label=_line(path))
     frobenius = _sums_to_output([row.log_fro for row in path.layers])
     axes.plot(places, frobenius, color="#e07a1f", marker="s", markersize=3, label=kind)
     if exact and path.layers[0].log_spectral is not None:
@@ -349,7 +359,8 @@ def _draw_ladder(axes: Any, path: Findings) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("decades")
-    axes.set_title("The ladder: bounds on log₁₀ ‖J‖_F, and the truth (line)", fontsize=10)
+    title = f"The ladder: bounds on log₁₀ ‖J‖_F, and the {_line(path)} (line)"
+    axes.set_title(title, fontsize=10)
 
 
 def _finite(number: float) -> float:
