@@ -163,7 +163,7 @@ def verdict(path: Findings) -> str | None:
     size = f"‖J‖_F is 10^{truth / DECADE:.2f}"
     if path.interval is not None:
         size = f"‖J‖_F is about 10^{truth / DECADE:.2f}"
-        level = f"10^{mean(path.rungs[best]) / DECADE:.2f}"
+        level = f"10^{round(mean(path.rungs[best]) / DECADE, 2) + 0.0:.2f}"  # no "-0.00"
         return f"{size}, an estimate; the {best} rung proves that it is at most {level}"
     if gap < TIGHT:
         return f"{size}, and the {best} rung proves it"
