@@ -4,14 +4,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 REPORT := report
 
-.PHONY: report test lint docs benchmarks clean
+.PHONY: report test coverage lint docs benchmarks clean
 
 report: $(READY)  ## run the main job on the embedded model
 	$(BIN)/pushforward report --out $(REPORT)
 	@echo "The report lies at $(CURDIR)/$(REPORT)/report.html"
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov=pushforward --cov-branch --cov-report=
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+coverage: $(READY)  ## run the same tests, and see that they reach 95 % of all branches
+	$(BIN)/python -m pytest -n auto --dist worksteal -q --cov=pushforward --cov-branch --cov-report=
+	$(BIN)/coverage report --fail-under=95
 
 lint: $(READY)  ## lint, format check, types
 	$(BIN)/ruff check .
