@@ -315,10 +315,10 @@ class Jacobian(LinearOperator):
         memory, compressed = self.plan.memory, self.plan.compressed
         return memory is None or compressed is None or compressed.room(self.batch or 1) <= memory
 
-    def _require_room_for_values(self, compressed: Compressed) -> None:
-        memory, indices = self.plan.memory, 8 * (compressed.pattern.nnz + self.shape[0] + 1)
+    def _require_room_for_values(self, compressed: Compressed, memory: int) -> None:
+        indices = 8 * (compressed.pattern.nnz + self.shape[0] + 1)
         needed = compressed.room(self.batch or 1) + indices
-        if memory is not None and needed > memory:
+        if needed > memory:
             raise MemoryBudgetError(
                 f"memory={memory} bytes expects a result that fits, got {compressed.pattern.nnz} "
                 f"entries, which take {needed} bytes with what they are made of; raise it, or ask "
@@ -358,7 +358,8 @@ class Jacobian(LinearOperator):
             )
         compressed = self.plan.compressed
         if compressed is not None:
-            self._require_room_for_values(compressed)
+            if self.plan.memory is not None:
+                self._require_room_for_values(compressed, self.plan.memory)
             values = self._planned()[0]
             self._parts = None  # they are handed out, and may be written to
             return in_layout(compressed, values, layout)
