@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -55,22 +55,29 @@ def samples_independent(problem: Problem) -> bool:
         for scale in sample_scales(problem.samples):
             factor = scale.to(u.device, u.dtype).reshape(1, -1, 1)
             if not scaled_alike(plain * factor.to(plain.dtype), linear.pull(u * factor)):
-                return not linear.tape.census.custom and _apart_by_zeros(problem, u)
+                if linear.tape.census.custom:
+                    return False
+                return apart_by_zeros(u, linear.pull, problem.samples)
     return True
 
 
-def _apart_by_zeros(problem: Problem, u: Tensor) -> bool:
+def apart_by_zeros(u: Tensor, pull: Callable[[Tensor], Tensor], samples: int) -> bool:
     """Whether no gradient arrives at samples whose own cotangents are zero.
 
     A second opinion: numbers too small for the dtype, as a saturated softmax makes them on the way,
-    do not scale exactly, but what is zero stays zero.
+    or of a coarser one, do not scale exactly, but what is zero stays zero.
+
+    Args:
+        u: cotangents, (1, B, size).
+        pull: to gradients whose entries are those of the samples, one after the other.
+        samples: B.
     """
-    numbers = torch.arange(problem.samples)
-    for place in range((problem.samples - 1).bit_length()):
+    numbers = torch.arange(samples, device=u.device)
+    for place in range((samples - 1).bit_length()):
         for digit in (0, 1):
-            chosen = ((numbers >> place & 1) == digit).to(u.device).reshape(1, -1, 1)
-            reached = problem.linear.pull(u * chosen)
-            if bool((reached.nan_to_num() * ~chosen != 0).any()):
+            chosen = (numbers >> place & 1) == digit
+            reached = pull(u * chosen.reshape(1, -1, 1)).reshape(samples, -1)
+            if bool((reached[~chosen].nan_to_num() != 0).any()):
                 return False
     return True
 

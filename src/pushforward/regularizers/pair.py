@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from pushforward.boundary import Arguments
-from pushforward.checks import agree
+from pushforward.checks import agree, apart_by_zeros
 from pushforward.composites import UNFIT
 from pushforward.errors import (
     CouplingError,
@@ -200,23 +200,12 @@ class Pair:
         return agree(came, seen.sum(0), scale, double=1e-9) or self._apart_by_zeros(place, mixed)
 
     def _apart_by_zeros(self, place: Any, cotangent: Tensor) -> bool:
-        """Whether nothing arrives at samples whose own cotangents ``(1, B, C)`` are zero.
-
-        A second opinion: what is computed in a coarser dtype than that of the output does not scale
-        to the precision of the latter, but what is zero stays zero.
-        """
+        """Whether nothing arrives at samples whose own cotangents ``(1, B, C)`` are zero."""
         if take_census((self.y,), (self.x,)).custom:
             return False
-        numbers = torch.arange(self.batch, device=cotangent.device)
-        for digit in range((self.batch - 1).bit_length()):
-            for value in (0, 1):
-                chosen = (numbers >> digit & 1) == value
-                with torch.no_grad():
-                    halved = cotangent * chosen.reshape(1, -1, 1)
-                    reached = self.pull_to([place], halved, graph=False)[0]
-                if bool((reached.reshape(self.batch, -1)[~chosen].nan_to_num() != 0).any()):
-                    return False
-        return True
+        with torch.no_grad():
+            pull = lambda u: self.pull_to([place], u, graph=False)[0]  # noqa: E731
+            return apart_by_zeros(cotangent, pull, self.batch)
 
     def _refuse_unfit(self) -> None:
         """Raise where an op on the way has no second derivative, or a wrong one."""
