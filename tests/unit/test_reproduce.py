@@ -410,7 +410,11 @@ def test_quick_takes_the_quick_settings(
     one_paper: Paper, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--quick", "--seeds", "1", "--out", str(tmp_path)) == DONE
-    assert "size 1" in (tmp_path / "toy.html").read_text()
+    page = (tmp_path / "toy.html").read_text()
+    assert "size 1" in page
+    assert "A quick run, too short to judge the paper by." in page
+    assert run("--seeds", "1", "--out", str(tmp_path)) == DONE
+    assert "A quick run" not in (tmp_path / "toy.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,16 @@ def to_html(found: Study) -> str:
 
 
 def headline(found: Study) -> str:
-    """How many claims hold, and which do not."""
+    """How many claims hold, and which do not; after a quick run, that it judges nothing."""
     missed = [finding.claim.text for finding in found.findings if not finding.holds]
     total = len(found.findings)
-    if not missed:
-        return f"All {total} claims hold here."
-    return (
+    said = (
         f"{total - len(missed)} of {total} claims hold here. Not reproduced: {'; '.join(missed)}."
+        if missed
+        else f"All {total} claims hold here."
     )
+    quick = found.settings == found.paper.quick
+    return f"A quick run, too short to judge the paper by. {said}" if quick else said
 
 
 def measured_text(finding: Finding) -> str:
